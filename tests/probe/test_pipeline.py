@@ -251,6 +251,29 @@ def test_labels_in_two_unicode_forms_are_told(
     assert "written in two Unicode forms, read as one class" in caplog.text
 
 
+def test_embeddings_of_an_earlier_run_are_not_computed_again(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitlib.batch.embedding_file import write_embeddings
+
+    predictor = Predictor.load(model)
+    names = [str(photo.path) for photo in read_photos(data).photos]
+    write_embeddings(tmp_path / "photos.npy", predictor.embed(names), names, predictor)
+    expected = probe.run(data, str(model), tmp_path / "a", pools=("embed",), **FAST)
+
+    def fail(*_: Any) -> Any:
+        raise AssertionError("a photo passes through the model")
+
+    monkeypatch.setattr("vitlib.features.extraction._compute", fail)
+    report = probe.run(data, str(model), tmp_path / "b", embeddings=tmp_path / "photos.npy", **FAST)
+    assert [row.pool for row in report.rows] == ["embed", "embed"]
+    assert [row.value for row in report.rows] == [row.value for row in expected.rows]
+    assert report.rows[0].milliseconds is None
+    with pytest.raises(ConfigError, match="is of one model, and 2 are given"):
+        probe.run(data, [str(model), tiny_predictor(1)], tmp_path / "c",
+                  embeddings=tmp_path / "photos.npy", **FAST)  # fmt: skip
+
+
 def test_draw_few_draws_so_many_of_each_class() -> None:
     targets = np.repeat([0, 1, 2], [50, 5, 2])
     rows = draw_few(targets, 3, seed=0)

@@ -13,6 +13,8 @@ from vitlib.cli.options import (
     ModelOptions,
     SourceOptions,
     device_option,
+    embeddings_option,
+    features_option,
     image_size_option,
     json_option,
 )
@@ -150,13 +152,8 @@ def _numbers(*words: str) -> Callback:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the report: new, empty, or of an earlier probe, which continues.",
 )
-@click.option(
-    "--features",
-    metavar="FOLDER",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder that stores vectors. Default: VITLIB_FEATURES of the environment, or "
-    "OUT/features.",
-)
+@features_option
+@embeddings_option
 @click.option(
     "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of folds and draws."
 )
@@ -201,6 +198,7 @@ def probe(
 
     OUT/report.html contains the report, OUT/model the best probe as a classifier, which classify,
     serve, finetune and transformers open; probe.json and probe.csv are for programs.
+    Where no store of vectors is named, OUT/features is one.
 
     A photo that cannot be read is left out and named, and the exit status is 1.
     """

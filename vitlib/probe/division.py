@@ -98,6 +98,7 @@ def divide_photos(training: LabelledPhotos, test: LabelledPhotos | None, seed: i
             Round(frozenset({i}), _others(i) if is_few else (_others(i)[0],), i)
             for i in range(FOLDS)
         )
+        # The best probe is fitted to all photos; its choice is measured by the same folds.
         final = Round(frozenset(), measured_parts(parts, count), None)
         return Division(parts, rounds, final, "folds")
     measured = measured_parts(parts, count) if count >= 2 * FOLDS else ()
@@ -127,6 +128,7 @@ def draw_few(targets: Array, per_class: int, seed: int) -> npt.NDArray[np.int64]
     has_class = targets == 1 if targets.ndim == 2 else None
     classes = range(targets.shape[1]) if targets.ndim == 2 else np.unique(targets).tolist()
     drawn = np.zeros(len(targets), np.bool_)
+    # A photo that an earlier class drew counts for every class that it shows.
     for number in classes:
         members = targets == number if has_class is None else has_class[:, number]
         rest = random.permutation(np.flatnonzero(members & ~drawn))

@@ -54,6 +54,7 @@ def draw_layers(report: ProbeReport, palette: Palette = LIGHT) -> Figure:
             layers, values, ends = zip(*sorted(points), strict=True)
             style: dict[str, Any] = {"color": colour, "linestyle": LINES[method], "markersize": 3.5}
             axes.plot(layers, values, marker=MARKERS[number % len(MARKERS)], **style)
+            # Bands of every method would cover each other.
             if method == "logistic":
                 low, high = zip(*ends, strict=True)
                 axes.fill_between(layers, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -125,6 +126,7 @@ def draw_few_shot(report: ProbeReport, palette: Palette = LIGHT) -> Figure:
         )
         values = [row.value for row in chosen]
         colour = palette.curves[number]
+        # Side by side, so that the bars of two methods do not hide each other.
         ticks = np.arange(len(values)) + 0.06 * number
         axes.errorbar(ticks, values, yerr=[row.spread for row in chosen], fmt="o-", color=colour,
                       markersize=4, capsize=2, label=METHOD_NAMES[method])  # fmt: skip

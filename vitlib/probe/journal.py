@@ -37,6 +37,7 @@ class Journal:
             VERSION, task.labels, task.methods, task.k, task.few_shot, task.seed, task.multi_label,
             task.division.kind, task.division.rounds, task.division.final, tuple(digests),
         )  # fmt: skip
+        # Everything that a result depends on but the model: a change of any makes other names.
         hasher.update(repr(_sorted_sets(settings)).encode())
         hasher.update(task.targets.tobytes())
         hasher.update(task.division.parts.tobytes())

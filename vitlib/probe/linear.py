@@ -76,6 +76,7 @@ def train_heads(
     for step, rows in enumerate(_batches(len(x), batch, steps, generator)):
         rate = scaled * (0.5 * (1 + math.cos(math.pi * step / steps)))
         error = _errors(weight, bias, x[rows], y[rows], targets.ndim == 2)
+        # Momentum as in torch.optim.SGD: the rate scales the velocity, not the gradient.
         velocity[0].mul_(MOMENTUM).addmm_(error.T, x[rows])
         velocity[1].mul_(MOMENTUM).add_(error.sum(dim=0))
         weight.sub_(velocity[0] * rate)

@@ -165,6 +165,7 @@ def _measure(name: str, choose: Chooser, task: Task) -> MethodResult:
         _metrics(task, held_out, scores),
         [chosen.choice for chosen in rounds],
         [chosen.inner for chosen in rounds],
+        # With test photos the only round is the final one, too.
         final.choice,
         final.inner,
         # A choice that some round could not make has no value of all held-out photos.
@@ -208,6 +209,7 @@ def _choose_k(features: Array, task: Task, r: Round) -> _Chosen:
             scores = vote(near, y, k, num_classes=len(task.labels))
             inner[k] = float(primary_column(y[sample], scores, task.multi_label).mean())
     best = max(counts, key=lambda k: inner[k])
+    # One search serves every k: the nearest k are the first of the nearest 200.
     near = search(x, features[test], counts[-1])
     by_k = {f"{k}": vote(near, y, k, num_classes=len(task.labels)) for k in counts}
     return _Chosen({"k": best}, inner[best], by_k[f"{best}"], by_k)
@@ -265,6 +267,7 @@ class LogisticChooser:
         rows = np.flatnonzero(np.isin(task.division.parts, [*excluded]))
         column = np.full(len(task.targets), np.nan)
         column[rows] = _column(task, rows, head.scores(self.features[rows]))
+        # Bounded, since each is as long as the set.
         if len(self._columns) < MAX_COLUMNS:
             self._columns[excluded, point] = column
         return column
@@ -275,6 +278,7 @@ class LogisticChooser:
         key = excluded, fast
         if key not in self._fitters:
             fitter = Fitter(self.features[rows], task.targets[rows], len(task.labels), fast=fast)
+            # Each has a copy of its features: of many photos one at a time fits in memory.
             if len(task.targets) > FEW:
                 self._fitters.clear()
             self._fitters[key] = fitter
@@ -289,6 +293,7 @@ def _choose_rate(features: Array, task: Task, r: Round) -> _Chosen:
         part = r.measured[0]
         fitted = division.training(r.excluded | {part})
         rows = np.flatnonzero(division.parts == part)
+        # The first part alone: SGD on every part would take most of a probe's time.
         heads = _train(features, task, fitted, rates)
         values = [_column(task, rows, _scores(h, features[rows])).mean() for h in heads]
         best = int(np.argmax(values))

@@ -100,6 +100,7 @@ def _search(
     cosines = torch.full((count, k), -torch.inf, dtype=torch.float32)
     indices = torch.full((count, k), -1, dtype=torch.int64)
     for start, block in _blocks(features):
+        # A block is normalised once for all queries, which are few beside it.
         rows = torch.from_numpy(unit(block)).T
         for first in range(0, count, QUERIES):
             part = slice(first, first + QUERIES)
@@ -148,6 +149,7 @@ def _top(products: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rest = products[:, whole * GROUP :]
     values = torch.cat([values, rest], dim=1)
     tail = torch.arange(whole * GROUP, count, dtype=torch.int64).expand(len(products), -1)
+    # Unsorted until the columns are known: equal values are ordered by them.
     best, order = values.topk(k, dim=1)
     return _sorted(best, torch.cat([columns, tail], dim=1).gather(1, order))
 
@@ -203,6 +205,7 @@ def vote(
         # Over the first k alone: the weights of softmax over more differ by a factor of the query,
         # which the share of the votes does not have.
         scaled = neighbours.cosines[rows, :k].astype(np.float64) / temperature
+        # Relative to the nearest one, whose power would overflow at low temperatures.
         weights = np.exp(scaled - scaled[:, :1])
         shares[rows] = _share(weights, targets[neighbours.indices[rows, :k]], shares.shape[1])
     return shares

@@ -90,6 +90,7 @@ def read_probe_photos(
         raise
     failed = (*training.left_out, *(test.left_out if test is not None else ()))
     notes = []
+    # A photo of which nothing is known can neither train nor measure.
     training, blank = _drop_unlabelled(training)
     if test is not None:
         test, more = _drop_unlabelled(test)

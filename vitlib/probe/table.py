@@ -142,6 +142,7 @@ def _select(model: str, entries: list[Measured], task: Task) -> SelectedRow:
         def inner(entry: Measured, number: int = number) -> float:
             return entry.method(CHOSEN_BY).inner[number]
 
+        # Another round may choose another layer: each is measured on its own photos.
         best, rows = max(entries, key=inner), parts == r.test
         column[rows] = np.asarray(best.method(CHOSEN_BY).column)[rows]
         choices.append((best.model, best.feature.layer, best.feature.pool))
