@@ -73,8 +73,8 @@ def measure_cached(classes: int, kind: str) -> dict[str, Any]:
     centers = random.standard_normal((classes, WIDTH))
     targets = random.integers(0, classes, total)
     # Noise of ten directions that all photos share, as real features have, and of each feature.
-    shared = random.standard_normal((total, 10)) @ random.standard_normal((10, WIDTH)) * 2
-    features = 0.35 * centers[targets] + shared + random.standard_normal((total, WIDTH)) * 1.2
+    shared = random.standard_normal((total, 10)) @ random.standard_normal((10, WIDTH)) * 0.7
+    features = 0.2 * centers[targets] + shared + random.standard_normal((total, WIDTH)) * 1.2
     labels = tuple(f"{i:03}" for i in range(classes))
     photos = LabelledPhotos(
         tuple(Photo(Path(f"{i}"), (labels[t],)) for i, t in enumerate(targets)), labels, False, ""
