@@ -87,7 +87,7 @@ def _numbers(*words: str) -> Callback:
 @click.command(
     cls=Verb,
     examples=(
-        "vitlib probe photos --model facebook/dinov2-small --out probe",
+        "vitlib probe photos -m demo -o probe",
         "vitlib probe photos -m demo --layers all --pool cls,mean --few-shot 1,5 -o probe",
     ),
     headings={"layers": "Probe"},
