@@ -79,15 +79,15 @@ class Fitter:
         features: (N, D).
         targets: (N,) class numbers, or (N, C) of 1, 0 and NaN.
         num_classes: C.
-        fast: True starts each fit from the last solution, and computes in float32; False starts
-            from zero in float64.
+        search: True starts each fit from the last solution, stops earlier, and computes in float32
+            where photos are many; False starts from zero in float64.
     """
 
     def __init__(
-        self, features: Array, targets: Array, num_classes: int, *, fast: bool = False
+        self, features: Array, targets: Array, num_classes: int, *, search: bool = False
     ) -> None:
-        is_double = not fast and 8 * features.size <= MAX_DOUBLE
-        self.targets, self.num_classes, self.fast = targets, num_classes, fast
+        is_double = 8 * features.size <= MAX_DOUBLE and not (search and len(features) > FEW)
+        self.targets, self.num_classes, self.search = targets, num_classes, search
         self.width = features.shape[1]
         if self.multi_label:
             has_both = [
@@ -125,7 +125,7 @@ class Fitter:
         else:
             bias[self.fitted] = 0
         if self.solver is not None:
-            coef, intercept = self.solver.solve(c, warm=self.fast)
+            coef, intercept = self.solver.solve(c, search=self.search)
             if not self.multi_label and len(self.fitted) == 2:
                 coef, intercept = np.r_[-coef, coef] / 2, np.r_[-intercept, intercept] / 2
             weight[self.fitted], bias[self.fitted] = coef, intercept
@@ -235,9 +235,7 @@ def choose_c(features: Array, targets: Array, num_classes: int, seed: int = 0) -
     parts = divide(targets, seed)
     measured = measured_parts(parts, len(targets))
     fitters = {
-        part: Fitter(
-            features[parts != part], targets[parts != part], num_classes, fast=len(targets) > FEW
-        )
+        part: Fitter(features[parts != part], targets[parts != part], num_classes, search=True)
         for part in measured
     }
 

@@ -246,7 +246,7 @@ class LogisticChooser:
         test = _test_rows(self.task, r)
         if not len(test):
             return _Chosen({"C": choice}, inner, np.empty((0, len(self.task.labels))), {})
-        head = self._fitter(r.excluded, fast=False).fit(choice)
+        head = self._fitter(r.excluded, search=False).fit(choice)
         return _Chosen({"C": choice}, inner, head.scores(self.features[test]), {})
 
     def _score(self, r: Round, point: int) -> float:
@@ -263,7 +263,7 @@ class LogisticChooser:
         if (excluded, point) in self._columns:
             return self._columns[excluded, point]
         task = self.task
-        head = self._fitter(excluded, fast=len(task.targets) > FEW).fit(PENALTIES[point])
+        head = self._fitter(excluded, search=True).fit(PENALTIES[point])
         rows = np.flatnonzero(np.isin(task.division.parts, [*excluded]))
         column = np.full(len(task.targets), np.nan)
         column[rows] = _column(task, rows, head.scores(self.features[rows]))
@@ -272,12 +272,14 @@ class LogisticChooser:
             self._columns[excluded, point] = column
         return column
 
-    def _fitter(self, excluded: frozenset[int], *, fast: bool) -> Fitter:
+    def _fitter(self, excluded: frozenset[int], *, search: bool) -> Fitter:
         """Return the fitter of a training set; of many photos one alone is in memory."""
         task, rows = self.task, self.task.division.training(excluded)
-        key = excluded, fast
+        key = excluded, search
         if key not in self._fitters:
-            fitter = Fitter(self.features[rows], task.targets[rows], len(task.labels), fast=fast)
+            fitter = Fitter(
+                self.features[rows], task.targets[rows], len(task.labels), search=search
+            )
             # Each has a copy of its features: of many photos one at a time fits in memory.
             if len(task.targets) > FEW:
                 self._fitters.clear()

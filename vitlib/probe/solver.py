@@ -65,12 +65,13 @@ class Solver:
         self._start: tuple[Tensor, Tensor] | None = None
 
     @isolate_torch_settings()
-    def solve(self, c: float, *, warm: bool = False) -> Solution:
+    def solve(self, c: float, *, search: bool = False) -> Solution:
         """Minimise the objective.
 
         Args:
             c: Inverse strength of the penalty, above 0.
-            warm: True starts from the last solution, False from zero.
+            search: True starts from the last solution and stops where labels change no more; False
+                starts from zero and stops at the minimum.
 
         Returns:
             The weights and biases.
@@ -88,7 +89,7 @@ class Solver:
         bias_scale = 1 / math.sqrt(curvature * count)
         weight = torch.zeros(k, len(scale), dtype=self.dtype)
         bias = torch.zeros(k, dtype=self.dtype)
-        if warm and self._start is not None:
+        if search and self._start is not None:
             weight, bias = self._start
 
         def objective(flat: Array) -> tuple[float, Array]:
@@ -98,12 +99,12 @@ class Solver:
             grads = torch.cat([(grad * scale).flatten(), grad_bias * bias_scale])
             return loss / count, (grads.double() / count).numpy()
 
-        is_double = self.dtype == torch.float64
+        is_exact = not search and self.dtype == torch.float64
         # scipy computes its steps in float64, whatever the products are computed in.
         start = torch.cat([(weight / scale).flatten(), bias / bias_scale]).double().numpy()
         options: dict[str, Any] = {
-            "maxiter": MAX_ITER, "maxls": 50, "gtol": 1e-8 if is_double else 1e-5,
-            "ftol": 1e-13 if is_double else 1e-7,
+            "maxiter": MAX_ITER, "maxls": 50,
+            "gtol": 1e-8 if is_exact else 1e-5, "ftol": 1e-13 if is_exact else 1e-7,
         }  # fmt: skip
         # The mean and not the sum of the losses: the tolerances then fit any number of photos.
         result = minimize(objective, start, method="L-BFGS-B", jac=True, options=options)
