@@ -25,6 +25,7 @@ from vitlib.system.torch_state import isolate_torch_settings
 
 Array = npt.NDArray[Any]
 MAX_ITER = 1000
+SMALL = 2**21  # multiplications of a product that one thread computes
 
 
 class Solution(NamedTuple):
@@ -107,7 +108,13 @@ class Solver:
             "gtol": 1e-8 if is_exact else 1e-5, "ftol": 1e-13 if is_exact else 1e-7,
         }  # fmt: skip
         # The mean and not the sum of the losses: the tolerances then fit any number of photos.
-        result = minimize(objective, start, method="L-BFGS-B", jac=True, options=options)
+        threads = torch.get_num_threads()
+        # Threads cost a small product more than they save, and most where the machine is busy.
+        torch.set_num_threads(1 if self.rotated.numel() * k < SMALL else threads)
+        try:
+            result = minimize(objective, start, method="L-BFGS-B", jac=True, options=options)
+        finally:
+            torch.set_num_threads(threads)
         values = torch.from_numpy(result.x).to(self.dtype)
         weight, bias = values[:-k].reshape(k, -1) * scale, values[-k:] * bias_scale
         self._start = weight, bias
