@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from vitlib import explain as explain
     from vitlib import export as export
     from vitlib import fast as fast
+    from vitlib import features as features
     from vitlib import metrics as metrics
     from vitlib import plots as plots
+    from vitlib import probe as probe
     from vitlib import retrieval as retrieval
     from vitlib import testing as testing
     from vitlib import tokens as tokens
@@ -89,8 +91,10 @@ _MODULES = (
     "explain",
     "export",
     "fast",
+    "features",
     "metrics",
     "plots",
+    "probe",
     "retrieval",
     "testing",
     "tokens",

@@ -27,6 +27,7 @@ VERBS = {
     "finetune": "Train a classifier of labelled photos.",
     "evaluate": "Measure a classifier on labelled photos.",
     "audit": "Look for what is wrong with a set of photos.",
+    "probe": "Measure frozen features on labelled photos, by layer and pooling.",
     "serve": "Answer photos over HTTP, with a page to try it.",
     "info": "Describe a checkpoint, without running it.",
     "list": "List the architectures that vitlib knows by name.",

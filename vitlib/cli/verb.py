@@ -39,9 +39,10 @@ GROUPS = {
         *("validation", "tune", "on_bad_image", "max_errors", "settings_file", "exclude"),
     ),
     "Model": (
-        *("model", "size", "from_scratch", "against", "photos", "task", "device", "image_size"),
-        *("dynamic_size", "calibrated"),
+        *("model", "models", "size", "from_scratch", "against", "photos", "task", "device"),
+        *("image_size", "dynamic_size", "calibrated"),
     ),
+    "Probe": ("pools", "methods", "few_shot", "k"),
     "Explanation": ("method", "class_", "layers", "heads", "patch"),
     "Output": (
         *(

@@ -150,11 +150,20 @@ def describe_run(
             "evaluated": evaluated,
             "failed": failed,
         },
-        "versions": {
-            "vitlib": vitlib.__version__,
-            "python": platform.python_version(),
-            **{library: _version(library) for library in LIBRARIES},
-        },
+        "versions": library_versions(),
+    }
+
+
+def library_versions() -> dict[str, str | None]:
+    """Return the versions of vitlib, Python and the libraries that compute.
+
+    Returns:
+        The version by name; None where a library is not installed.
+    """
+    return {
+        "vitlib": vitlib.__version__,
+        "python": platform.python_version(),
+        **{library: _version(library) for library in LIBRARIES},
     }
 
 
