@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from vitlib.audit.alignment import Alignments, align, correlate
+from vitlib.audit.alignment import Alignments, align
+from vitlib.audit.correlation import correlate, prepare_wholes
 from vitlib.audit.duplicates import MAX_DIFFERENCE, MIN_CORRELATION
 
 
@@ -45,32 +46,36 @@ def encode(image: Image.Image) -> Image.Image:
     return Image.open(file)
 
 
-def test_correlation_equals_numpy() -> None:
+@pytest.mark.parametrize(("h", "w"), [(5, 4), (8, 7), (9, 9)])
+def test_correlation_equals_numpy(h: int, w: int) -> None:
+    """By transforms, and of few places by products; a whole serves several parts."""
     rng = np.random.default_rng(0)
     whole = rng.uniform(0, 255, (2, 9, 9)).astype(np.float32)
-    part = rng.uniform(0, 255, (2, 5, 4)).astype(np.float32)
-    found = correlate(torch.from_numpy(whole), torch.from_numpy(part)).numpy()
-    assert found.shape == (2, 5, 6)
+    part = rng.uniform(0, 255, (3, h, w)).astype(np.float32)
+    rows = [1, 0, 1]
+    wholes = prepare_wholes(torch.from_numpy(whole))
+    found = correlate(wholes, torch.tensor(rows), torch.from_numpy(part)).numpy()
+    assert found.shape == (3, 10 - h, 10 - w)
     expected: npt.NDArray[np.float64] = np.array(
         [
             [
                 [
-                    np.corrcoef(whole[k, y : y + 5, x : x + 4].ravel(), part[k].ravel())[0, 1]
-                    for x in range(6)
+                    np.corrcoef(whole[row, y : y + h, x : x + w].ravel(), part[k].ravel())[0, 1]
+                    for x in range(10 - w)
                 ]
-                for y in range(5)
+                for y in range(10 - h)
             ]
-            for k in range(2)
+            for k, row in enumerate(rows)
         ]
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_one_brightness_correlates_with_nothing() -> None:
-    flat = torch.full((1, 8, 8), 200.0)
+    flat, row = torch.full((1, 8, 8), 200.0), torch.zeros(1, dtype=torch.int64)
     noise = torch.rand(1, 8, 8) * 255
-    assert correlate(flat, noise).item() == 0
-    assert correlate(noise, flat).item() == 0
+    assert correlate(prepare_wholes(flat), row, noise).item() == 0
+    assert correlate(prepare_wholes(noise), row, flat).item() == 0
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitlib.audit.correlation import LEAST_CONTRAST, correlate, find_corners, prepare_wholes
 from vitlib.system.cores import count_cores
 
 SIDE = 64  # pixels of a grey copy, whatever the photo's shape
@@ -34,9 +35,7 @@ LEAST_SHARE = 1 / 3  # of a side of the whole, which a part takes at least
 # A curve of brightness fits more than a line does: its differences count so much more.
 CURVED = 1.5
 DOUBTFUL = 0.3  # difference above which no curve makes two photos equal
-# Standard deviation of brightness, 0..255, below which an overlap has nothing to compare.
-LEAST_CONTRAST = 2.0
-PAIRS = 1024  # compared at once by a thread: about 100 MiB
+PAIRS = 512  # compared at once by a thread: about 100 MiB
 THREADS = 4
 
 
@@ -94,7 +93,10 @@ def align(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
     Returns:
         The overlap of each pair.
     """
-    starts = range(0, max(len(pairs), 1), PAIRS)
+    if not len(pairs):
+        none, no = np.empty(0, np.float32), np.empty(0, np.bool_)
+        return Alignments(none, none, none, no, no)
+    starts = range(0, len(pairs), PAIRS)
     with ThreadPoolExecutor(min(THREADS, count_cores())) as pool:
         blocks = list(
             pool.map(lambda start: _align_block(grey, shapes, pairs[start : start + PAIRS]), starts)
@@ -124,8 +126,8 @@ def _align_one_way(grey: Any, shapes: Ints, pairs: Ints, swapped: bool) -> Align
                 chosen = rows[search.mirrored[rows] == mirrored]
             if not swapped:  # first, so that a photo of the same shape is no crop
                 search.compare_squeezed(level.side, chosen, mirrored)
-            for factor in level.factors:
-                search.compare(level.side, chosen, start[chosen] * factor, swapped, mirrored)
+            scales = np.multiply.outer(np.array(level.factors), start[chosen])
+            search.compare(level.side, chosen, np.minimum(scales, 1), swapped, mirrored)
         rows = rows[search.correlation[rows] >= level.least]
     search.measure_differences(rows)
     return search.result()
@@ -158,6 +160,7 @@ class _Search:
         self.rows = self.rows.reshape(pairs.shape)
         copies = torch.from_numpy(np.array(grey[photos], np.float32))[:, None]
         self.copies = {level.side: _shrink(copies, level.side) for level in LEVELS}
+        self.wholes = {side: prepare_wholes(images) for side, images in self.copies.items()}
         self.shapes = shapes[photos].astype(np.float64)
         self.correlation = np.full(count, -1, np.float32)
         self.difference = np.full(count, np.inf, np.float32)
@@ -167,19 +170,23 @@ class _Search:
         self.size, self.corner = np.zeros((count, 2), np.int64), np.zeros((count, 2), np.float32)
 
     def compare(self, side: int, rows: Ints, scales: Any, swapped: bool, mirrored: bool) -> None:
-        """Compare pairs at a scale each, and note those that are better than before."""
+        """Compare pairs at scales (F, P), and note those that are better than before."""
         whole, part = self.rows[rows, int(swapped)], self.rows[rows, 1 - int(swapped)]
         # A part of the whole's shape takes an equal share of both sides; a narrower one takes less
         # of the width. The longer share is the scale.
         narrow = self.shapes[part, 0] * self.shapes[whole, 1]
         narrow /= self.shapes[part, 1] * self.shapes[whole, 0]
         shares = np.stack([np.minimum(1, 1 / narrow), np.minimum(1, narrow)], axis=1)
-        sizes = np.rint(shares * np.minimum(scales, 1)[:, None] * side).astype(int)
-        for h, w in np.unique(sizes, axis=0).tolist():
-            if min(h, w) >= side * LEAST_SHARE:
-                same = np.flatnonzero((sizes == (h, w)).all(axis=1))
-                turn = _Turn(side, h, w, swapped, mirrored)
-                self._compare(turn, rows[same], np.minimum(scales, 1)[same])
+        sizes = np.rint(shares * scales[:, :, None] * side).astype(int)
+        # Neighbouring scales often round to one size, which is compared once.
+        for h, w in np.unique(sizes.reshape(-1, 2), axis=0).tolist():
+            # The whole of both is compared by compare_squeezed(), in either order the same.
+            if min(h, w) < side * LEAST_SHARE or h == w == side:
+                continue
+            is_size = (sizes == (h, w)).all(axis=2)
+            same = np.flatnonzero(is_size.any(axis=0))
+            chosen = scales[is_size[:, same].argmax(axis=0), same]
+            self._compare(_Turn(side, h, w, swapped, mirrored), rows[same], chosen)
 
     def compare_squeezed(self, side: int, rows: Ints, mirrored: bool) -> None:
         """Compare whole photos, whatever their shapes: one may be squeezed or stretched."""
@@ -192,9 +199,9 @@ class _Search:
             return
         side, (first, second) = turn.side, self.rows[rows].T
         whole, part = (second, first) if turn.swapped else (first, second)
-        a, b = self.copies[side][whole], self.copies[side][part]
+        b = self.copies[side][part]
         b = _resize(b.flip(-1) if turn.mirrored else b, (turn.h, turn.w))
-        scores = correlate(a, b)
+        scores = correlate(self.wholes[side], torch.from_numpy(whole), b)
         best = scores.flatten(1).amax(dim=1).numpy()
         better = np.flatnonzero(best > self.correlation[rows])
         chosen = rows[better]
@@ -202,7 +209,7 @@ class _Search:
         self.mirrored[chosen] = turn.mirrored
         if side == SIDE:
             self.size[chosen] = turn.h, turn.w
-            self.corner[chosen] = _find_corners(scores[better]).numpy()
+            self.corner[chosen] = find_corners(scores[better]).numpy()
 
     def measure_differences(self, rows: Ints) -> None:
         """Compare the best overlaps of pairs cell by cell."""
@@ -222,70 +229,6 @@ class _Search:
         share = self.size.min(axis=1).astype(np.float32) / SIDE
         scale = np.where(share > 0, share, self.scale)
         return Alignments(self.correlation, self.difference, scale, self.mirrored, self.swapped)
-
-
-def correlate(whole: Tensor, part: Tensor) -> Tensor:
-    """Correlate parts with every window of their size in wholes.
-
-    Args:
-        whole: (P, S, S) brightness, 0..255.
-        part: (P, h, w) brightness.
-
-    Returns:
-        (P, S - h + 1, S - w + 1) Pearson's correlation, -1..1; 0 where the window or the part is
-        of one brightness.
-    """
-    side, (h, w) = whole.shape[-1], part.shape[-2:]
-    count = h * w
-    # Around their mean, the squares of large brightness do not cancel in float32.
-    whole = whole - whole.mean(dim=(1, 2), keepdim=True)
-    part = part - part.mean(dim=(1, 2), keepdim=True)
-    spectrum = torch.fft.rfft2(whole) * torch.fft.rfft2(part, s=(side, side)).conj()
-    rows, columns = side - h + 1, side - w + 1
-    products = torch.fft.irfft2(spectrum, s=(side, side))[:, :rows, :columns]
-    mean, square = _window_sums(whole, h, w) / count, _window_sums(whole**2, h, w) / count
-    variance = square - mean**2
-    part_variance = part.pow(2).mean(dim=(1, 2))[:, None, None]
-    least = LEAST_CONTRAST**2
-    valid = (variance >= least) & (part_variance >= least)
-    scale = (variance.clamp(min=least) * part_variance.clamp(min=least)).sqrt()
-    return torch.where(valid, products / (count * scale), 0.0).clamp(-1, 1)
-
-
-def _window_sums(values: Tensor, h: int, w: int) -> Tensor:
-    """Sum every window of (P, S, S), by differences of sums from the corner, in float64."""
-    sums = F.pad(values.double().cumsum(dim=1).cumsum(dim=2), (1, 0, 1, 0))
-    windows = sums[:, h:, w:] - sums[:, :-h, w:] - sums[:, h:, :-w] + sums[:, :-h, :-w]
-    return windows.float()
-
-
-def _find_corners(scores: Tensor) -> Tensor:
-    """Find the place of the greatest correlation between pixels, (P, 2)."""
-    columns = scores.shape[2]
-    offsets = scores.flatten(1).argmax(dim=1)
-    corners = torch.stack([offsets // columns, offsets % columns], dim=1)
-    return corners + _refine(scores, corners)
-
-
-def _refine(scores: Tensor, corners: Tensor) -> Tensor:
-    """Find the top of the parabola through the best correlation and its neighbours, (P, 2)."""
-    index = torch.arange(len(scores), device="cpu")
-    shifts = torch.zeros(len(scores), 2, dtype=torch.float32, device="cpu")
-    for axis in range(2):
-        last = scores.shape[1 + axis] - 1
-        if last < 2:
-            continue
-        values = []
-        for step in (-1, 0, 1):
-            corner = corners.clone()
-            corner[:, axis] = (corner[:, axis] + step).clamp(0, last)
-            values.append(scores[index, corner[:, 0], corner[:, 1]])
-        before, best, after = values
-        bend = (before - 2 * best + after).clamp(max=-1e-6)
-        inside = (corners[:, axis] > 0) & (corners[:, axis] < last)
-        shift = (0.5 * (before - after) / bend).clamp(-0.5, 0.5)
-        shifts[:, axis] = torch.where(inside, shift, 0.0)
-    return shifts
 
 
 def _compare_cells(whole: Tensor, part: Tensor, corners: Tensor) -> Tensor:
