@@ -17,6 +17,7 @@ Shapes: N photos, P pairs, S pixels of a side of a grey copy, h w pixels of the 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,10 +98,14 @@ def align(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
         none, no = np.empty(0, np.float32), np.empty(0, np.bool_)
         return Alignments(none, none, none, no, no)
     starts = range(0, len(pairs), PAIRS)
-    with ThreadPoolExecutor(min(THREADS, count_cores())) as pool:
-        blocks = list(
-            pool.map(lambda start: _align_block(grey, shapes, pairs[start : start + PAIRS]), starts)
-        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of each thread of the pool, which would wait for one another
+    try:
+        with ThreadPoolExecutor(min(THREADS, count_cores())) as pool:
+            align_block = partial(_align_block, grey, shapes)
+            blocks = list(pool.map(align_block, (pairs[i : i + PAIRS] for i in starts)))
+    finally:
+        torch.set_num_threads(threads)
     return Alignments(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
@@ -220,9 +225,8 @@ class _Search:
             whole, part = (second, first) if swapped else (first, second)
             a, b = self.copies[SIDE][whole], self.copies[SIDE][part]
             b = _resize(b.flip(-1) if mirrored else b, (h, w))
-            corners = torch.from_numpy(self.corner[chosen])
-            pixels = _compare_cells(a, b, corners.round())
-            self.difference[chosen] = torch.minimum(pixels, _compare_cells(a, b, corners)).numpy()
+            difference = _compare_cells(a, b, torch.from_numpy(self.corner[chosen]))
+            self.difference[chosen] = difference.numpy()
 
     def result(self) -> Alignments:
         """Return the best overlaps."""
@@ -233,13 +237,19 @@ class _Search:
 
 def _compare_cells(whole: Tensor, part: Tensor, corners: Tensor) -> Tensor:
     """Compare parts with the windows at corners (P, 2), by the largest difference in a cell."""
-    window = _sample_window(whole, corners, part.shape[-2:])
-    difference = _largest_cell(*map(_standardize, (window, part)))
+    size, standard = part.shape[-2:], _standardize(part)
+    # Of a copy that was made pixel by pixel, the window between pixels is a blurred one.
+    places = (corners.round(), corners)
+    differences = torch.stack(
+        [_largest_cell(_standardize(_sample_window(whole, x, size)), standard) for x in places]
+    )
+    difference, nearest = differences.min(dim=0)
     # Brightness that is clipped or curved is no linear function of the other photo's, but one that
     # keeps the order of its pixels. Of a clipped photo only the way to it is known.
     doubtful = (difference < DOUBTFUL).nonzero().flatten()
     if len(doubtful):
-        window, part = window[doubtful], part[doubtful]
+        place = torch.stack(places)[nearest[doubtful], doubtful]
+        window, part = _sample_window(whole[doubtful], place, size), part[doubtful]
         matched = torch.minimum(
             _largest_cell(_match_brightness(window, part), part),
             _largest_cell(_match_brightness(part, window), window),

@@ -11,7 +11,6 @@ Shapes: N photos, C classes, D features.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,13 +19,12 @@ import numpy.typing as npt
 
 from vitlib.audit.search import find_neighbours
 from vitlib.data import LabelledPhotos, folds
-from vitlib.metrics import import_sklearn_metrics
+from vitlib.probe.logistic_head import Fitter
 
 FOLDS = 5
 NEIGHBOURS = 10  # whose labels are compared
 TEMPERATURE = 0.07  # of the neighbours' weights, as in DINOv2's kNN (2304.07193)
 PENALTY = 0.1  # scikit-learn's C on standardized features: docs/audit.md
-ITERATIONS = 300
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -100,33 +98,10 @@ def predict_out_of_fold(
         mean, std = vectors[training].mean(axis=0), vectors[training].std(axis=0)
         scale = np.where(std > 1e-6 * np.abs(std).max(initial=1e-12), std, np.inf)
         x, z = (vectors[training] - mean) / scale, (vectors[validation] - mean) / scale
-        if targets.ndim == 1:
-            present, values = _fit(x, targets[training], z)
-            probability[np.ix_(validation, present)] = values
-            continue
-        for index in range(classes):
-            y = targets[training, index]
-            marked = ~np.isnan(y)
-            present, values = _fit(x[marked], y[marked].astype(np.int64), z)
-            if 1 in present:
-                probability[validation, index] = values[:, present.tolist().index(1)]
+        # Probabilities rank photos: the digits that an early stop leaves out change no rank.
+        head = Fitter(x, targets[training], classes, search=True).fit(PENALTY)
+        probability[validation] = head.scores(z)
     return probability
-
-
-def _fit(x: Any, y: Ints, z: Any) -> tuple[Ints, Floats]:
-    """Fit a regression to (x, y); return the classes and their probabilities of z."""
-    import_sklearn_metrics()  # says what to install
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    present = np.unique(y)
-    if len(present) < 2:
-        return present, np.ones((len(z), len(present)))
-    with warnings.catch_warnings():
-        # Probabilities rank photos: digits that more iterations would add change no rank.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=PENALTY, max_iter=ITERATIONS, tol=1e-3).fit(x, y)
-    return present, np.asarray(model.predict_proba(z))
 
 
 def share_of_neighbours(
