@@ -36,7 +36,7 @@ LEAST_SHARE = 1 / 3  # of a side of the whole, which a part takes at least
 # A curve of brightness fits more than a line does: its differences count so much more.
 CURVED = 1.5
 DOUBTFUL = 0.3  # difference above which no curve makes two photos equal
-PAIRS = 512  # compared at once by a thread: about 100 MiB
+PAIRS = 256  # compared at once by a thread: about 50 MiB
 THREADS = 4
 
 
