@@ -24,7 +24,7 @@ from vitlib.cli.printing import (
     print_table,
 )
 from vitlib.cli.verb import Verb
-from vitlib.errors import DataError, count_noun
+from vitlib.errors import count_noun
 
 if TYPE_CHECKING:
     from vitlib.audit import AuditReport
@@ -154,8 +154,7 @@ def audit(
             **settings,
         )
     with report_errors() as failed:
-        for index, (file, error) in enumerate(report.failed):
-            failed.note(index, DataError(error if file in error else f"{file}: {error}"))
+        failed.note_files(report.failed)
         if as_json:
             echo_json(report.as_dict() | {"report": str(out / "report.html")})
         else:

@@ -18,11 +18,11 @@ from vitlib.cli.options import (
     run_options,
     subject_option,
 )
-from vitlib.cli.photos import report_errors
+from vitlib.cli.photos import on_bad_image_option, report_errors
 from vitlib.cli.predictors import logs_muted, open_predictor, optimize_model
 from vitlib.cli.printing import echo_json, is_terminal, print_table
 from vitlib.cli.verb import Verb, positional_arguments
-from vitlib.errors import ConfigError, DataError, count_noun
+from vitlib.errors import ConfigError, count_noun
 
 if TYPE_CHECKING:
     from vitlib.data import LabelledPhotos
@@ -105,13 +105,7 @@ SHOWN_OUTPUTS = 12
 @click.option(
     "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the resamples."
 )
-@click.option(
-    "--on-bad-image",
-    type=click.Choice(("fail", "skip")),
-    default="skip",
-    show_default=True,
-    help="Stop at a photo that cannot be read, or leave it out and name it.",
-)
+@on_bad_image_option
 @run_options
 @precision_options
 @json_option
@@ -168,8 +162,7 @@ def evaluate(
             **settings,
         )
     with report_errors() as failed:
-        for index, (file, error) in enumerate((*report.failed, *report.failed_tuning)):
-            failed.note(index, DataError(error if file in error else f"{file}: {error}"))
+        failed.note_files((*report.failed, *report.failed_tuning))
         if as_json:
             echo_json(report.as_dict() | {"report": str(out / "report.html")})
         else:

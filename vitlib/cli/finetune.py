@@ -33,7 +33,7 @@ from vitlib.cli.printing import (
     show_life,
 )
 from vitlib.cli.verb import Verb
-from vitlib.errors import ConfigError, DataError, SourceError, TrainError, count_noun
+from vitlib.errors import ConfigError, SourceError, TrainError, count_noun
 from vitlib.train.config import PARTS, SHORT_NAMES, TrainConfig, read_yaml, unwrap_optional
 from vitlib.train.evaluations import make_table
 from vitlib.train.settings import NEUTRAL
@@ -241,8 +241,7 @@ def finetune(
     if not result.first:
         return
     with report_errors() as failed:
-        for index, (file, error) in enumerate(result.left_out):
-            failed.note(index, DataError(error if file in error else f"{file}: {error}"))
+        failed.note_files(result.left_out)
         for note in result.notes:
             echo(f"note: {note}", err=True)
         if as_json:

@@ -270,6 +270,16 @@ def top_k_option(about: str) -> Callable[[F], F]:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+batch_size_option = click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    metavar="N",
+    default=16,
+    show_default=True,
+    help="Images per pass.",
+)
+
+
 def run_options(command: F) -> F:
     """Add --batch-size and the options of `device_options`.
 
@@ -279,14 +289,7 @@ def run_options(command: F) -> F:
     Returns:
         The command with the options.
     """
-    return click.option(
-        "--batch-size",
-        type=click.IntRange(1),
-        metavar="N",
-        default=16,
-        show_default=True,
-        help="Images per pass.",
-    )(device_options(command))
+    return batch_size_option(device_options(command))
 
 
 def model_option(command: F) -> F:

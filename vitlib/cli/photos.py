@@ -13,7 +13,7 @@ import click
 
 from vitlib.cli.options import ModelOptions
 from vitlib.cli.printing import echo, fail
-from vitlib.errors import SourceError, VitlibError
+from vitlib.errors import DataError, SourceError, VitlibError
 
 STDIN = "-"
 # All of stdin is in memory: a photo may have as much, a list of paths millions of lines.
@@ -215,6 +215,15 @@ def _is_folder(name: str) -> bool:
         return False
 
 
+on_bad_image_option = click.option(
+    "--on-bad-image",
+    type=click.Choice(("fail", "skip")),
+    default="skip",
+    show_default=True,
+    help="Stop at a photo that cannot be read, or leave it out and name it.",
+)
+
+
 class ImageErrors:
     """Errors of images, by the image's position on the command line.
 
@@ -233,6 +242,15 @@ class ImageErrors:
             error: its error.
         """
         self.errors[index] = error
+
+    def note_files(self, failed: Iterable[tuple[str, str]]) -> None:
+        """Record the photos of a set that could not be used.
+
+        Args:
+            failed: (file, error) of each.
+        """
+        for index, (file, error) in enumerate(failed):
+            self.note(index, DataError(error if file in error else f"{file}: {error}"))
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from vitlib.cli.options import (
     DEFAULT_MODEL,
     ModelOptions,
     SourceOptions,
+    batch_size_option,
     device_option,
     embeddings_option,
     features_option,
     image_size_option,
     json_option,
 )
-from vitlib.cli.photos import report_errors
+from vitlib.cli.photos import on_bad_image_option, report_errors
 from vitlib.cli.predictors import logs_muted, open_predictor
 from vitlib.cli.printing import (
     advise_after_interrupt,
@@ -30,7 +31,7 @@ from vitlib.cli.printing import (
 )
 from vitlib.cli.values import Size
 from vitlib.cli.verb import Verb
-from vitlib.errors import DataError, count_noun
+from vitlib.errors import count_noun
 
 if TYPE_CHECKING:
     from vitlib.predict.predictor import Predictor
@@ -157,21 +158,8 @@ def _numbers(*words: str) -> Callback:
 @click.option(
     "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of folds and draws."
 )
-@click.option(
-    "--on-bad-image",
-    type=click.Choice(("fail", "skip")),
-    default="skip",
-    show_default=True,
-    help="Stop at a photo that cannot be read, or leave it out and name it.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    metavar="N",
-    default=16,
-    show_default=True,
-    help="Images per pass.",
-)
+@on_bad_image_option
+@batch_size_option
 @device_option
 @image_size_option
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub id.")
@@ -225,8 +213,7 @@ def probe(
             **settings,
         )
     with report_errors() as failed:
-        for index, (file, error) in enumerate(report.failed):
-            failed.note(index, DataError(error if file in error else f"{file}: {error}"))
+        failed.note_files(report.failed)
         if as_json:
             echo_json(report.as_dict() | {"report": str(out / "report.html")})
         else:

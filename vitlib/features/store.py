@@ -151,11 +151,13 @@ class FeatureStore:
 
         Two processes that merge at once write the same photos twice, which does no harm.
         """
-        paths = self._list_parts(key.folder)
+        # By their sizes first: each write comes here, and opens no part of a large group.
+        limit = SMALL_PART * (4 * width + 16)
+        paths = [path for path in self._list_parts(key.folder) if _size(path) < limit]
         if len(paths) < MANY_PARTS:
             return
         parts = [read_part(path, key, width) for path in paths]
-        small = [part for part in parts if 0 < len(part.digests) < SMALL_PART and part.check()]
+        small = [part for part in parts if len(part.digests) and part.check()]
         if len(small) < MANY_PARTS // 2:
             return
         names, first = np.unique(
@@ -186,6 +188,14 @@ class FeatureStore:
     def _list_parts(self, group: str) -> list[Path]:
         """List the parts of a group, the newest first."""
         return sorted((self.folder / group).glob("part-*.safetensors"), reverse=True)
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a part; 0 for one that another process deleted."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def open_store(
