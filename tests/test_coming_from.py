@@ -1,35 +1,32 @@
 """Tests that run the tables of docs/coming-from-*.md, which say what one wrote and writes.
 
-A cell holds code spans, which run in order. Each column has names of its own, which last for the
-page, and a folder of its own with small models under published ids. A span that begins with
-`vitlib` is a command. Where both cells end in a value that can be compared, it is.
+The left column of the page on timm runs in tests/ecosystem/test_timm_page.py, where timm is.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import re
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from safetensors.torch import load_file
 
 import vitlib
 from fixtures import staged_models
-from paths import ROOT
+from fixtures.doc_tables import MISSING, RunCli, compare, read_page, run_cell, run_code, simplify
+from paths import FIXTURES, ROOT
+from vitlib.train import TrainConfig
+from vitlib.train.config import setting_parts
 
-HEADER = "| what you wrote | what you write |"
-RunCli = Callable[..., tuple[int, str, str]]
-# Code of the left column that the tests' environment cannot run, and why.
+# Code of transformers that the tests' environment cannot run, and why.
 NOT_RUN = {"peft.": "needs peft", "Trainer(": "needs accelerate"}
-MISSING = object()
+# Settings of the same meaning whose neutral values are written differently.
+SAME = {"optim", "gradient_checkpointing", "fsdp", "metric_for_best_model"}
 
 
 @pytest.fixture
@@ -45,91 +42,6 @@ def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
         return folder
 
     return make
-
-
-class Row(NamedTuple):
-    """A row of a table: the code spans of both cells, and its line in the page."""
-
-    left: list[str]
-    right: list[str]
-    line: int
-
-
-def read_page(name: str) -> list[str | Row]:
-    """List the code blocks of a page and the rows of its tables, in their order."""
-    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    items: list[str | Row] = []
-    block: list[str] | None = None
-    in_table = False
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("```"):
-            if block is not None:
-                items.append("\n".join(block))
-            block = [] if line == "```python" else None
-        elif block is not None:
-            block.append(line)
-        elif line == HEADER:
-            in_table = True
-        elif not line.startswith("|"):
-            in_table = False
-        elif in_table and not line.startswith("|---"):
-            left, right = line.strip("|").split(" | ")
-            items.append(Row(re.findall(r"`(.+?)`", left), re.findall(r"`(.+?)`", right), number))
-    return items
-
-
-def run_code(code: str, names: dict[str, Any], where: str) -> Any:
-    """Run statements; return the value of the last one where it is an expression."""
-    tree = ast.parse(code)
-    last = tree.body[-1]
-    if not isinstance(last, ast.Expr):
-        exec(compile(tree, where, "exec"), names)
-        return MISSING
-    exec(compile(ast.Module(tree.body[:-1], []), where, "exec"), names)
-    return eval(compile(ast.Expression(last.value), where, "eval"), names)
-
-
-def run_cell(spans: list[str], names: dict[str, Any], where: str, run_cli: RunCli) -> Any:
-    """Run the code spans of a cell; return the value of the last one."""
-    value: Any = MISSING
-    for span in spans:
-        if span.startswith("vitlib "):
-            status, out, err = run_cli(*shlex.split(span)[1:])
-            assert status == 0, f"{where}: {err}"
-            value = MISSING
-            assert out, where
-        else:
-            value = run_code(span, names, where)
-    return value
-
-
-def simplify(value: Any) -> Any:
-    """Return numbers, texts and arrays of a result, in lists; MISSING for anything else."""
-    if isinstance(value, vitlib.Prediction):
-        return [value.label, value.score]
-    if isinstance(value, dict):
-        return [value["label"], value["score"]] if value.keys() == {"label", "score"} else MISSING
-    if isinstance(value, list | tuple):
-        return [simplify(item) for item in value]
-    if isinstance(value, Tensor | np.ndarray):
-        return torch.as_tensor(value).detach()
-    return value if isinstance(value, int | float | str | torch.dtype) else MISSING
-
-
-def compare(result: Any, expected: Any, where: str) -> int:
-    """Compare two results; return how many values were compared."""
-    if result is MISSING or expected is MISSING:
-        return 0
-    if isinstance(expected, Tensor):
-        assert result.shape == expected.shape, where
-        bound = 1e-5 * expected.abs().max()
-        assert (result - expected).abs().max() <= bound, where
-        return 1
-    if isinstance(expected, list):
-        assert len(result) == len(expected), where
-        return sum(compare(a, b, where) for a, b in zip(result, expected, strict=True))
-    assert result == (pytest.approx(expected) if isinstance(expected, float) else expected), where
-    return 1
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
@@ -152,9 +64,29 @@ def test_transformers_page(
         if not any(part in span for span in item.left for part in NOT_RUN):
             expected = simplify(run_cell(item.left, left_names, where, run_cli))
         monkeypatch.chdir(right_folder)
-        assert item.right, where
         result = simplify(run_cell(item.right, right_names, where, run_cli))
         compared += compare(result, expected, where) > 0
         rows += 1
-    assert rows > 50
-    assert compared > 42
+    assert rows >= 55
+    assert compared >= 45
+
+
+def test_defaults_of_settings_are_those_of_the_page() -> None:
+    defaults = {f.name: f.default for f in dataclasses.fields(transformers.TrainingArguments)}
+    config = TrainConfig()
+    expected = {
+        name: (str(getattr(defaults[name], "value", defaults[name])), config.value(name))
+        for name in setting_parts()
+        if name in defaults and name not in SAME and defaults[name] != config.value(name)
+    }
+    page = (ROOT / "docs/coming-from-transformers.md").read_text(encoding="utf-8")
+    table = page.split("| setting | TrainingArguments | vitlib |\n|---|---|---|\n")[1]
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|$", table, flags=re.MULTILINE)
+    assert {name: other for name, other, _ in rows} == {
+        name: other.replace("5e-05", "5e-5") for name, (other, _) in expected.items()
+    }
+    for name, _, value in rows:
+        assert value == str(expected[name][1]).replace("0.0001", "1e-4")
+    assert "warmup_ratio" not in defaults
+    assert f"`warmup_ratio` of {config.value('warmup_ratio')}" in page
+    assert f"`layer_decay` of {config.value('layer_decay')}" in page
