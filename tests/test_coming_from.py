@@ -90,3 +90,23 @@ def test_defaults_of_settings_are_those_of_the_page() -> None:
     assert "warmup_ratio" not in defaults
     assert f"`warmup_ratio` of {config.value('warmup_ratio')}" in page
     assert f"`layer_decay` of {config.value('layer_decay')}" in page
+
+
+def run_right_column(page: str, names: dict[str, Any], run_cli: RunCli) -> dict[int, Any]:
+    """Run the code blocks and the right cells of a page; return the values of cells by line."""
+    values = {}
+    for item in read_page(page):
+        if isinstance(item, str):
+            run_code(item, names, page)
+        else:
+            where = f"{page}.md:{item.line}"
+            assert item.right, where
+            values[item.line] = run_cell(item.right, names, where, run_cli)
+    return values
+
+
+def test_right_column_of_timm_page(
+    staged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
+) -> None:
+    monkeypatch.chdir(staged("timm", "right"))
+    assert len(run_right_column("coming-from-timm", {}, run_cli)) >= 40
