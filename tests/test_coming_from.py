@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import vitlib
 from fixtures import staged_models
 from fixtures.doc_tables import MISSING, RunCli, compare, read_page, run_cell, run_code, simplify
+from fixtures.layout_files import make_pixels
 from paths import FIXTURES, ROOT
 from vitlib.train import TrainConfig
 from vitlib.train.config import setting_parts
@@ -110,3 +111,38 @@ def test_right_column_of_timm_page(
 ) -> None:
     monkeypatch.chdir(staged("timm", "right"))
     assert len(run_right_column("coming-from-timm", {}, run_cli)) >= 40
+
+
+def test_right_column_of_dino_page(
+    staged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_cli: RunCli
+) -> None:
+    monkeypatch.chdir(staged("meta", "right"))
+    with torch.no_grad():
+        values = run_right_column("coming-from-dino", {}, run_cli)
+    assert len(values) >= 30
+
+
+@pytest.mark.parametrize(("name", "variable"), [("dinov2_reg", "model"), ("dinov3", "dinov3")])
+@torch.no_grad()
+def test_tokens_of_dino_page_equal_outputs_of_the_authors_code(
+    name: str, variable: str, run_cli: RunCli
+) -> None:
+    path = FIXTURES / "meta" / f"{name}.pth"
+    outputs = load_file(path.with_suffix(".expected.safetensors"))
+    tokens = outputs["features@16x16"]
+    model = vitlib.load(path, num_heads=2)
+    names = {variable: model, "model": model, "pixels": make_pixels(16, 16)}
+    expected = {
+        'forward_features(pixels)["x_norm_clstoken"]': tokens[:, 0],
+        'forward_features(pixels)["x_norm_patchtokens"]': tokens[:, 5:],
+        "get_intermediate_layers(pixels, n=": [tokens[:, 5:]],
+    }
+    registers = "x_storage_tokens" if name == "dinov3" else "x_norm_regtokens"
+    expected[f'{variable}.forward_features(pixels)["{registers}"]'] = tokens[:, 1:5]
+    rows = [item for item in read_page("coming-from-dino") if not isinstance(item, str)]
+    for left, value in expected.items():
+        row = next(row for row in rows if left in row.left[0])
+        cell = [row.right[0].replace("n=4", "n=1")]  # the fixtures have one block
+        result = simplify(run_cell(cell, names, left, run_cli))
+        assert compare(result, simplify(value), left)
+    assert compare(simplify(model(names["pixels"])), outputs["logits@16x16"], name)
