@@ -153,6 +153,8 @@ def test_named_config_overrides_only_stated_sizes() -> None:
         ),
         ("coca_ViT-B-32", "'coca_ViT-B-32' is not read: CoCa's attentional pool"),
         ("convnext_base_w", "is not read: timm's 'convnext_base', which is no plain ViT"),
+        ("swin_tiny_patch4_window7_224", "is no plain ViT, and not read: its attention is within"),
+        ("swim_tiny_patch4_window7_224", "the nearest are vit_tiny_patch16_224"),  # not Swin's
         ("MobileCLIP-B", "timm's 'vit_base_mci_224': a stem of convolutions"),
         ("dinov2", "'dinov2' is a model_type of transformers, of models of any size"),
         ("facebook/dinov2-base", r"vitlib.load\('facebook/dinov2-base'\).config"),

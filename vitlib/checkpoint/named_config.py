@@ -13,7 +13,12 @@ from typing import Any
 
 from vitlib.checkpoint.families import with_profile
 from vitlib.checkpoint.layouts import openclip_models, timm_models
-from vitlib.checkpoint.layouts.hf_types import list_containers, list_published, list_types
+from vitlib.checkpoint.layouts.hf_types import (
+    list_containers,
+    list_published,
+    list_reasons,
+    list_types,
+)
 from vitlib.checkpoint.layouts.timm_args import POOLS
 from vitlib.checkpoint.layouts.timm_config import infer_family
 from vitlib.config import SIZES, ViTConfig, config_to_json
@@ -128,9 +133,12 @@ def find_timm(name: str) -> timm_models.Architecture | None:
 
 
 def list_names() -> list[str]:
-    """List the names that build_named_config knows, also of architectures that it refuses."""
-    architectures = [model.name for model in timm_models.list_architectures()]
-    return [*architectures, *timm_models.list_old_names(), *openclip_models.load_rows()]
+    """List the names that build_named_config computes, without those that it refuses."""
+    current = [model.name for model in timm_models.list_architectures() if not model.reason]
+    old = [name for name, new in timm_models.list_old_names().items() if new in current]
+    rows = openclip_models.load_rows()
+    towers = [name for name, row in rows.items() if not explain_openclip_refusal(row)]
+    return [*current, *old, *towers]
 
 
 def find_nearest(name: str, names: Iterable[str]) -> str:
@@ -198,7 +206,11 @@ def _explain_unknown(name: str) -> str:
             f"{name!r} is a model_type of transformers, of models of any size: expected one of "
             "timm's architectures or open_clip's configs, which `vitlib list` prints"
         )
+    names, kind = list_names(), str(name).partition("_")[0]
+    reason = list_reasons().get(kind)
+    if reason and not any(known.startswith(f"{kind}_") for known in names):
+        return f"{name!r} is no plain ViT, and not read: {reason}"
     return (
         f"no ViT is called {name!r}: expected {', '.join(SIZES)}, a slash and the patch in pixels, "
-        f"as in 'B/16', or a name that `vitlib list` prints{find_nearest(str(name), list_names())}"
+        f"as in 'B/16', or a name that `vitlib list` prints{find_nearest(str(name), names)}"
     )
