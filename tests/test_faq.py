@@ -75,7 +75,13 @@ def test_forty_questions_have_answers_that_run() -> None:
         assert {language for language, _ in list_blocks(text)} & {"python", "sh"}, question
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize(
+    "question",
+    [
+        pytest.param(question, marks=[pytest.mark.onnx] if "--format onnx" in text else [])
+        for question, text in QUESTIONS.items()
+    ],
+)
 def test_answer(
     question: str,
     folder: Path,
