@@ -60,6 +60,8 @@ def test_transformers_page(
             run_code(item, right_names, "page")
             continue
         where = f"coming-from-transformers.md:{item.line}"
+        assert item.left, where
+        assert item.right, where
         expected = MISSING
         monkeypatch.chdir(left_folder)
         if not any(part in span for span in item.left for part in NOT_RUN):
