@@ -10,7 +10,7 @@ import pytest
 from fixtures.clusters import clusters
 from vitlib.errors import ConfigError, DataError
 from vitlib.probe import LogisticHead, logistic
-from vitlib.probe.logistic_head import PENALTIES, STEP, divide, search_path
+from vitlib.probe.logistic_head import PENALTIES, STEP, Grade, divide, search_path
 
 pytest.importorskip("sklearn", reason="logistic regression needs scikit-learn: vitlib[eval]")
 from sklearn.linear_model import LogisticRegression
@@ -113,18 +113,24 @@ def test_many_photos_choose_c_by_a_tenth() -> None:
 
 
 def test_search_path_finds_the_best_point_and_the_first_of_equal_ones() -> None:
-    def peak(point: int) -> float:
-        return -abs(point - 21)
+    def peak(point: int) -> Grade:
+        return Grade(-abs(point - 21), 0.0)
 
     assert search_path(peak)[0] == 21
-    assert search_path(lambda point: min(point, 9) / 9)[0] == 9
-    assert search_path(lambda _: 0.25)[0] == 0
+    assert search_path(lambda point: Grade(min(point, 9) / 9, 0.0))[0] == 9
+    assert search_path(lambda _: Grade(0.25, 0.0))[0] == 0
     # Weak penalties, which take most of the time, are not fitted after the best one.
     assert max(search_path(peak)[1]) <= 21 + 4 * STEP
 
 
+def test_log_loss_decides_between_points_of_equal_accuracy() -> None:
+    assert search_path(lambda point: Grade(float(point >= 8), -abs(point - 18)))[0] == 18
+    # A lower loss never outweighs an accuracy.
+    assert search_path(lambda point: Grade(float(8 <= point < 12), float(point)))[0] == 11
+
+
 def test_search_path_goes_on_while_all_points_are_equal() -> None:
-    assert search_path(lambda point: float(point >= 36))[0] == 36
+    assert search_path(lambda point: Grade(float(point >= 36), -point))[0] == 36
 
 
 def test_too_few_photos_choose_the_usual_c() -> None:

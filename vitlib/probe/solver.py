@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.metrics import import_sklearn_metrics
-from vitlib.system.torch_state import isolate_torch_settings
+from vitlib.system.torch_state import isolate_torch_settings, num_threads
 
 Array = npt.NDArray[Any]
 MAX_ITER = 1000
@@ -108,13 +108,8 @@ class Solver:
             "gtol": 1e-8 if is_exact else 1e-5, "ftol": 1e-13 if is_exact else 1e-7,
         }  # fmt: skip
         # The mean and not the sum of the losses: the tolerances then fit any number of photos.
-        threads = torch.get_num_threads()
-        # Threads cost a small product more than they save, and most where the machine is busy.
-        torch.set_num_threads(1 if self.rotated.numel() * k < SMALL else threads)
-        try:
+        with num_threads(1 if self.rotated.numel() * k < SMALL else None):
             result = minimize(objective, start, method="L-BFGS-B", jac=True, options=options)
-        finally:
-            torch.set_num_threads(threads)
         values = torch.from_numpy(result.x).to(self.dtype)
         weight, bias = values[:-k].reshape(k, -1) * scale, values[-k:] * bias_scale
         self._start = weight, bias
@@ -150,5 +145,8 @@ def _rotate(centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, axes = torch.linalg.eigh((centred.T @ centred).double())
         axes = axes.to(centred.dtype)
         return centred @ axes, axes, values.clamp(min=0).to(centred.dtype)
-    left, singular, right = torch.linalg.svd(centred, full_matrices=False)
-    return left * singular, right.T, singular.square()
+    # An orthonormal basis of the photos, turned to their axes: cheaper than singular vectors.
+    basis, coordinates = torch.linalg.qr(centred.T)
+    values, turn = torch.linalg.eigh((coordinates @ coordinates.T).double())
+    turn = turn.to(centred.dtype)
+    return coordinates.T @ turn, basis @ turn, values.clamp(min=0).to(centred.dtype)
