@@ -154,3 +154,23 @@ def test_logistic_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logistic(x * 1000, y, c=PENALTIES[-1])
+
+
+def test_a_fit_computes_on_one_blas_thread_and_restores_their_number() -> None:
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    from vitlib.probe.solver import one_blas_thread
+
+    def counts() -> list[int]:
+        libraries = [i for i in threadpool_info() if i["internal_api"] == "openblas"]
+        return [i["num_threads"] for i in libraries if "torch" not in i["filepath"]]
+
+    with threadpool_limits(2, user_api="blas"):
+        before = counts()
+        if not before:
+            pytest.skip("numpy and scipy do not use OpenBLAS here")
+        with one_blas_thread():
+            assert set(counts()) == {1}
+        assert counts() == before
+        logistic(*clusters(40, 1), c=1.0)
+        assert counts() == before

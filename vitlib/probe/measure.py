@@ -27,7 +27,7 @@ from vitlib.probe.logistic_head import (
     search_path,
 )
 from vitlib.probe.neighbours import COUNTS, search, usable_counts, vote
-from vitlib.probe.solver import SMALL
+from vitlib.probe.solver import SMALL, one_blas_thread
 from vitlib.system.torch_state import num_threads
 
 Array = npt.NDArray[Any]
@@ -140,7 +140,8 @@ def measure_feature(features: npt.NDArray[np.float32], task: Task) -> dict[str, 
         "logistic": LogisticChooser(features, task).choose,
         "linear": lambda r: _choose_rate(features, task, r),
     }
-    with num_threads(1 if features.size * len(task.labels) < SMALL else None):
+    is_small = features.size * len(task.labels) < SMALL
+    with one_blas_thread(), num_threads(1 if is_small else None):
         results = [_measure(name, choosers[name], task) for name in task.methods]
         few = [
             _measure_few(features, task, name, per_class)
@@ -257,7 +258,9 @@ class LogisticChooser:
     def _grade(self, r: Round, point: int) -> Grade:
         """Grade a C on the parts of a training set, each by a head of the others."""
         parts = self.task.division.parts
-        columns = [self._grade_columns(r.excluded | {part}, point)[parts == part] for part in r.measured]
+        columns = [
+            self._grade_columns(r.excluded | {part}, point)[parts == part] for part in r.measured
+        ]
         return Grade(*np.nanmean(np.concatenate(columns), axis=0).tolist())
 
     def _grade_columns(self, excluded: frozenset[int], point: int) -> Array:
