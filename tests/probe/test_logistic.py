@@ -10,7 +10,7 @@ import pytest
 from fixtures.clusters import clusters
 from vitlib.errors import ConfigError, DataError
 from vitlib.probe import LogisticHead, logistic
-from vitlib.probe.logistic_head import PENALTIES, STEP, divide, search_path
+from vitlib.probe.logistic_head import PENALTIES, STEP, Grade, divide, search_path
 
 pytest.importorskip("sklearn", reason="logistic regression needs scikit-learn: vitlib[eval]")
 from sklearn.linear_model import LogisticRegression
@@ -113,18 +113,24 @@ def test_many_photos_choose_c_by_a_tenth() -> None:
 
 
 def test_search_path_finds_the_best_point_and_the_first_of_equal_ones() -> None:
-    def peak(point: int) -> float:
-        return -abs(point - 21)
+    def peak(point: int) -> Grade:
+        return Grade(-abs(point - 21), 0.0)
 
     assert search_path(peak)[0] == 21
-    assert search_path(lambda point: min(point, 9) / 9)[0] == 9
-    assert search_path(lambda _: 0.25)[0] == 0
+    assert search_path(lambda point: Grade(min(point, 9) / 9, 0.0))[0] == 9
+    assert search_path(lambda _: Grade(0.25, 0.0))[0] == 0
     # Weak penalties, which take most of the time, are not fitted after the best one.
     assert max(search_path(peak)[1]) <= 21 + 4 * STEP
 
 
+def test_log_loss_decides_between_points_of_equal_accuracy() -> None:
+    assert search_path(lambda point: Grade(float(point >= 8), -abs(point - 18)))[0] == 18
+    # A lower loss never outweighs an accuracy.
+    assert search_path(lambda point: Grade(float(8 <= point < 12), float(point)))[0] == 11
+
+
 def test_search_path_goes_on_while_all_points_are_equal() -> None:
-    assert search_path(lambda point: float(point >= 36))[0] == 36
+    assert search_path(lambda point: Grade(float(point >= 36), -point))[0] == 36
 
 
 def test_too_few_photos_choose_the_usual_c() -> None:
@@ -148,3 +154,23 @@ def test_logistic_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logistic(x * 1000, y, c=PENALTIES[-1])
+
+
+def test_a_fit_computes_on_one_blas_thread_and_restores_their_number() -> None:
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    from vitlib.probe.solver import one_blas_thread
+
+    def counts() -> list[int]:
+        libraries = [i for i in threadpool_info() if i["internal_api"] == "openblas"]
+        return [i["num_threads"] for i in libraries if "torch" not in i["filepath"]]
+
+    with threadpool_limits(2, user_api="blas"):
+        before = counts()
+        if not before:
+            pytest.skip("numpy and scipy do not use OpenBLAS here")
+        with one_blas_thread():
+            assert set(counts()) == {1}
+        assert counts() == before
+        logistic(*clusters(40, 1), c=1.0)
+        assert counts() == before

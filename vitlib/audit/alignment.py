@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from vitlib.audit.correlation import LEAST_CONTRAST, correlate, find_corners, prepare_wholes
 from vitlib.system.cores import count_cores
+from vitlib.system.torch_state import num_threads
 
 SIDE = 64  # pixels of a grey copy, whatever the photo's shape
 CELLS = 8  # of each side of the overlap
@@ -98,14 +99,10 @@ def align(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
         none, no = np.empty(0, np.float32), np.empty(0, np.bool_)
         return Alignments(none, none, none, no, no)
     starts = range(0, len(pairs), PAIRS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of each thread of the pool, which would wait for one another
-    try:
-        with ThreadPoolExecutor(min(THREADS, count_cores())) as pool:
-            align_block = partial(_align_block, grey, shapes)
-            blocks = list(pool.map(align_block, (pairs[i : i + PAIRS] for i in starts)))
-    finally:
-        torch.set_num_threads(threads)
+    # One of each thread of the pool, whose helpers would wait for one another.
+    with num_threads(1), ThreadPoolExecutor(min(THREADS, count_cores())) as pool:
+        align_block = partial(_align_block, grey, shapes)
+        blocks = list(pool.map(align_block, (pairs[i : i + PAIRS] for i in starts)))
     return Alignments(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 

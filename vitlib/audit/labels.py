@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.audit.search import find_neighbours
+from vitlib.audit.search import find_neighbours, whiten
 from vitlib.data import LabelledPhotos, folds
 from vitlib.probe.logistic_head import Fitter
 
 FOLDS = 5
 NEIGHBOURS = 10  # whose labels are compared
 TEMPERATURE = 0.07  # of the neighbours' weights, as in DINOv2's kNN (2304.07193)
-PENALTY = 0.1  # scikit-learn's C on standardized features: docs/audit.md
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -76,6 +75,16 @@ def make_folds(photos: LabelledPhotos, groups: Ints, seed: int) -> list[tuple[In
     ]
 
 
+def inverse_penalty(count: int) -> float:
+    """Compute scikit-learn's C of the regression on standardized features (docs/audit.md).
+
+    Args:
+        count: Number of training photos. More wrong labels among more photos could be learnt by
+            heart, so the penalty grows with their square root.
+    """
+    return 1 / float(np.sqrt(count))
+
+
 def predict_out_of_fold(
     vectors: npt.NDArray[np.float32], targets: npt.NDArray[Any], parts: Sequence[tuple[Ints, Ints]]
 ) -> Floats:
@@ -99,7 +108,8 @@ def predict_out_of_fold(
         scale = np.where(std > 1e-6 * np.abs(std).max(initial=1e-12), std, np.inf)
         x, z = (vectors[training] - mean) / scale, (vectors[validation] - mean) / scale
         # Probabilities rank photos: the digits that an early stop leaves out change no rank.
-        head = Fitter(x, targets[training], classes, search=True).fit(PENALTY)
+        fitter = Fitter(x, targets[training], classes, search=True)
+        head = fitter.fit(inverse_penalty(len(training)))
         probability[validation] = head.scores(z)
     return probability
 
@@ -107,7 +117,7 @@ def predict_out_of_fold(
 def share_of_neighbours(
     vectors: npt.NDArray[np.float32], targets: npt.NDArray[Any], groups: Ints
 ) -> Floats:
-    """Weigh the labels of the nearest photos, but for duplicates of the photo itself.
+    """Weigh the labels of the photos that are nearest by whitened vectors, duplicates left out.
 
     Args:
         vectors: (N, D).
@@ -119,7 +129,8 @@ def share_of_neighbours(
     """
     classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     one_hot = targets if targets.ndim == 2 else np.eye(classes, dtype=np.float32)[targets]
-    near = find_neighbours(vectors, vectors, NEIGHBOURS, query_groups=groups, groups=groups)
+    rows = whiten(vectors)
+    near = find_neighbours(rows, rows, NEIGHBOURS, query_groups=groups, groups=groups)
     absent = near.photos < 0
     top = near.cosine.max(axis=1, keepdims=True, initial=-1)
     weights = np.where(absent, 0, np.exp((np.where(absent, -1, near.cosine) - top) / TEMPERATURE))

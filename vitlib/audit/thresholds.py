@@ -35,7 +35,7 @@ def describe_thresholds() -> dict[str, str]:
             "duplicates have another label"
         ),
         "label rank": (
-            f"mean of the margins of logistic regression (C = {labels.PENALTY}, {labels.FOLDS} "
+            f"mean of the margins of logistic regression (C = 1/sqrt(photos), {labels.FOLDS} "
             f"folds, duplicates in one fold) and of {labels.NEIGHBOURS} neighbours"
         ),
         "outlier": (

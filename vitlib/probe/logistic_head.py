@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,9 @@ import torch
 
 from vitlib.errors import ConfigError, DataError
 from vitlib.metrics import per_photo
-from vitlib.probe.solver import Solver
+from vitlib.probe.solver import SMALL, Solver
 from vitlib.scores import sigmoid, softmax
+from vitlib.system.torch_state import num_threads
 
 Array = npt.NDArray[Any]
 PENALTIES = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # C: smaller ones are stronger
@@ -132,31 +133,43 @@ class Fitter:
         return LogisticHead(weight, bias, c, self.multi_label)
 
 
+class Grade(NamedTuple):
+    """Grade of a C on held-out photos: the greater tuple is better.
+
+    Attributes:
+        value: Mean of the primary metric.
+        minus_log_loss: Minus the mean log loss, which decides between equal values.
+    """
+
+    value: float
+    minus_log_loss: float
+
+
 def search_path(
-    score: Callable[[int], float], count: int = len(PENALTIES)
-) -> tuple[int, dict[int, float]]:
+    grade: Callable[[int], Grade], count: int = len(PENALTIES)
+) -> tuple[int, dict[int, Grade]]:
     """Find the best point of the path, on a coarse grid and then around its best point.
 
     Args:
-        score: Measures a point of the path, 0 .. count - 1; more is better.
+        grade: Grades a point of the path, 0 .. count - 1.
         count: Number of points.
 
     Returns:
-        The best point, of equal ones the first, and the score of each measured point.
+        The best point, of equal ones the first, and the grade of each measured point.
     """
-    scores: dict[int, float] = {}
+    grades: dict[int, Grade] = {}
     best = 0
     for point in range(0, count, STEP):
-        scores[point] = score(point)
-        best = point if scores[point] > scores[best] else best
+        grades[point] = grade(point)
+        best = point if grades[point] > grades[best] else best
         # Weak penalties take most of the time. The first points may all answer one class alone.
-        if scores[best] > scores[0] and point - best >= PATIENCE * STEP:
+        if grades[best].value > grades[0].value and point - best >= PATIENCE * STEP:
             break
     for point in range(max(best - STEP + 1, 0), min(best + STEP, count)):
-        if point not in scores:
-            scores[point] = score(point)
-    top = max(scores.values())
-    return min(point for point, value in scores.items() if value == top), scores
+        if point not in grades:
+            grades[point] = grade(point)
+    top = max(grades.values())
+    return min(point for point, value in grades.items() if value == top), grades
 
 
 def divide(targets: Array, seed: int, count: int | None = None) -> npt.NDArray[np.int64]:
@@ -209,12 +222,27 @@ def primary_column(targets: Array, scores: Array, multi_label: bool) -> npt.NDAr
     """
     if not multi_label:
         return np.asarray(scores.argmax(axis=1) == targets, np.float64)
-    labelled = ~np.isnan(targets).all(axis=1)
-    column = np.full(len(targets), np.nan)
+    return grade_columns(targets, scores, True)[:, 0]
+
+
+def grade_columns(targets: Array, scores: Array, multi_label: bool) -> npt.NDArray[np.float64]:
+    """Compute what each photo adds to a Grade.
+
+    Args:
+        targets: (N,) class numbers, or (N, C) of 1, 0 and NaN.
+        scores: (N, C), 0..1.
+        multi_label: True if photos may have several labels.
+
+    Returns:
+        (N, 2) primary metric and minus the log loss; NaN for a photo without a label.
+    """
+    labelled = ~np.isnan(targets.reshape(len(targets), -1)).all(axis=1)
+    columns = np.full((len(targets), 2), np.nan)
     if labelled.any():
-        rows = per_photo(targets[labelled], scores[labelled], True)
-        column[labelled] = rows.columns["iou"]
-    return column
+        rows = per_photo(targets[labelled], scores[labelled], multi_label).columns
+        columns[labelled, 0] = rows["iou" if multi_label else "accuracy"]
+        columns[labelled, 1] = -rows["log_loss"]
+    return columns
 
 
 def choose_c(features: Array, targets: Array, num_classes: int, seed: int = 0) -> float:
@@ -239,15 +267,16 @@ def choose_c(features: Array, targets: Array, num_classes: int, seed: int = 0) -
         for part in measured
     }
 
-    def score(point: int) -> float:
+    def grade(point: int) -> Grade:
         columns = []
         for part, fitter in fitters.items():
             head, rows = fitter.fit(PENALTIES[point]), parts == part
             scores = head.scores(features[rows])
-            columns.append(primary_column(targets[rows], scores, fitter.multi_label))
-        return float(np.nanmean(np.concatenate(columns)))
+            columns.append(grade_columns(targets[rows], scores, fitter.multi_label))
+        return Grade(*np.nanmean(np.concatenate(columns), axis=0).tolist())
 
-    return PENALTIES[search_path(score)[0]]
+    with num_threads(1 if features.size * num_classes < SMALL else None):
+        return PENALTIES[search_path(grade)[0]]
 
 
 def logistic(

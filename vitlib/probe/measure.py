@@ -20,11 +20,15 @@ from vitlib.probe.logistic_head import (
     FEW,
     PENALTIES,
     Fitter,
+    Grade,
     choose_c,
+    grade_columns,
     primary_column,
     search_path,
 )
 from vitlib.probe.neighbours import COUNTS, search, usable_counts, vote
+from vitlib.probe.solver import SMALL, one_blas_thread
+from vitlib.system.torch_state import num_threads
 
 Array = npt.NDArray[Any]
 METHODS = ("knn", "logistic", "linear")
@@ -136,13 +140,15 @@ def measure_feature(features: npt.NDArray[np.float32], task: Task) -> dict[str, 
         "logistic": LogisticChooser(features, task).choose,
         "linear": lambda r: _choose_rate(features, task, r),
     }
-    results = [_measure(name, choosers[name], task) for name in task.methods]
-    few = [
-        _measure_few(features, task, name, per_class)
-        for per_class in task.few_shot
-        for name in task.methods
-        if name != "linear"
-    ]
+    is_small = features.size * len(task.labels) < SMALL
+    with one_blas_thread(), num_threads(1 if is_small else None):
+        results = [_measure(name, choosers[name], task) for name in task.methods]
+        few = [
+            _measure_few(features, task, name, per_class)
+            for per_class in task.few_shot
+            for name in task.methods
+            if name != "linear"
+        ]
     return {"methods": results, "few_shot": few}
 
 
@@ -241,36 +247,36 @@ class LogisticChooser:
         """
         choice, inner = DEFAULT_C, 0.0
         if r.measured:
-            point, scores = search_path(lambda point: self._score(r, point))
-            choice, inner = PENALTIES[point], scores[point]
+            point, grades = search_path(lambda point: self._grade(r, point))
+            choice, inner = PENALTIES[point], grades[point].value
         test = _test_rows(self.task, r)
         if not len(test):
             return _Chosen({"C": choice}, inner, np.empty((0, len(self.task.labels))), {})
         head = self._fitter(r.excluded, search=False).fit(choice)
         return _Chosen({"C": choice}, inner, head.scores(self.features[test]), {})
 
-    def _score(self, r: Round, point: int) -> float:
-        """Measure a C on the parts of a training set, each by a head of the others."""
+    def _grade(self, r: Round, point: int) -> Grade:
+        """Grade a C on the parts of a training set, each by a head of the others."""
         parts = self.task.division.parts
-        columns = []
-        for part in r.measured:
-            column = self._column(r.excluded | {part}, point)
-            columns.append(column[parts == part])
-        return float(np.concatenate(columns).mean())
+        columns = [
+            self._grade_columns(r.excluded | {part}, point)[parts == part] for part in r.measured
+        ]
+        return Grade(*np.nanmean(np.concatenate(columns), axis=0).tolist())
 
-    def _column(self, excluded: frozenset[int], point: int) -> Array:
-        """Fit without some parts; what each photo of these adds to the primary metric, (N,)."""
+    def _grade_columns(self, excluded: frozenset[int], point: int) -> Array:
+        """Fit without some parts; what each photo of these adds to the grade, (N, 2)."""
         if (excluded, point) in self._columns:
             return self._columns[excluded, point]
         task = self.task
         head = self._fitter(excluded, search=True).fit(PENALTIES[point])
         rows = np.flatnonzero(np.isin(task.division.parts, [*excluded]))
-        column = np.full(len(task.targets), np.nan)
-        column[rows] = _column(task, rows, head.scores(self.features[rows]))
+        columns = np.full((len(task.targets), 2), np.nan)
+        scores = head.scores(self.features[rows])
+        columns[rows] = grade_columns(task.targets[rows], scores, task.multi_label)
         # Bounded, since each is as long as the set.
         if len(self._columns) < MAX_COLUMNS:
-            self._columns[excluded, point] = column
-        return column
+            self._columns[excluded, point] = columns
+        return columns
 
     def _fitter(self, excluded: frozenset[int], *, search: bool) -> Fitter:
         """Return the fitter of a training set; of many photos one alone is in memory."""

@@ -69,6 +69,27 @@ def preserve_rng_state() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def num_threads(count: int | None) -> Iterator[None]:
+    """Compute with a number of threads in a block.
+
+    Threads cost small products more than they save, and most where the machine is busy. A change
+    of the number takes milliseconds, so this belongs around many products.
+
+    Args:
+        count: The number; None leaves it.
+    """
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Disable autocast on the device of a tensor.
 
