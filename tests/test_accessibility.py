@@ -272,3 +272,72 @@ def test_served_pages_do_not_move(
     page = open_page("http://{}:{}/".format(*server.address), reduced_motion="reduce")
     fill(page, tmp_path)
     assert page.evaluate(MOVING) == []
+
+
+# --- the site -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site() -> list[str]:
+    """List the pages that make docs built; those of source code are one page, many times."""
+    pages = sorted(path for path in SITE.rglob("*.html") if "_modules" not in path.parts)
+    if not pages:
+        pytest.skip(f"no site in {SITE}: make docs builds it")
+    return [path.as_uri() for path in pages]
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("dark", 1200), ("light", 1200), ("light", 320)])
+def test_site_has_no_violation(
+    open_page: Callable[..., Any], site: list[str], scheme: str, width: int
+) -> None:
+    page = open_page("about:blank", width, color_scheme=scheme, reduced_motion="reduce")
+    faults = {}
+    for url in site:
+        page.goto(url)
+        found = [*find_violations(page), *page.evaluate(OVERFLOWING), *page.evaluate(MOVING)]
+        if found:
+            faults[url] = found
+    assert faults == {}
+
+
+@pytest.mark.parametrize("width", [1200, 320])
+def test_site_is_used_by_keyboard(
+    open_page: Callable[..., Any], site: list[str], width: int
+) -> None:
+    page = open_page(site[0], width)
+    page.set_default_timeout(PATIENCE)
+    for url in [url for url in site if url.endswith(("/command-line.html", "/start.html"))]:
+        page.goto(url)
+        assert len(walk_by_tab(page)) == page.evaluate(FOCUSABLE) > 0
+        if width == 320:  # the sidebar opens, and its links come into reach
+            page.locator("#__navigation").focus()
+            before = page.evaluate(FOCUSABLE)
+            page.keyboard.press("Space")
+            page.locator(".sidebar-drawer a.sidebar-brand").wait_for()
+            assert page.evaluate(FOCUSABLE) > before
+
+
+def test_site_prints_on_light_paper(open_page: Callable[..., Any], site: list[str]) -> None:
+    page = open_page("about:blank", color_scheme="dark")
+    for url in [url for url in site if url.endswith(("/command-line.html", "/performance.html"))]:
+        page.goto(url)
+        page.emulate_media(media="print", color_scheme="dark")
+        page.set_viewport_size({"width": 718, "height": 1000})
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+            "rgb(255, 255, 255)"
+        )
+        assert page.evaluate(OVERFLOWING) == []
+        boxes = page.locator("pre, .table-wrapper")
+        wide = boxes.evaluate_all("(all) => all.map((x) => x.scrollWidth - x.clientWidth)")
+        assert max(wide, default=0) <= 1
+
+
+def test_site_without_its_roles_is_refused(open_page: Callable[..., Any], site: list[str]) -> None:
+    """The check reads the pages: without the roles of docs/accessible_html.py they fail."""
+    (url,) = [url for url in site if url.endswith("/docs/command-line.html")]
+    page = open_page(url, width=320)
+    for name in ("aria-level", "tabindex"):
+        every = page.locator(f"[{name}]")
+        every.evaluate_all("(all, name) => all.forEach((x) => x.removeAttribute(name))", name)
+    rules = {line.split()[0] for line in find_violations(page)}
+    assert rules == {"aria-required-attr", "scrollable-region-focusable"}
