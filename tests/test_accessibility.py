@@ -339,5 +339,6 @@ def test_site_without_its_roles_is_refused(open_page: Callable[..., Any], site: 
     for name in ("aria-level", "tabindex"):
         every = page.locator(f"[{name}]")
         every.evaluate_all("(all, name) => all.forEach((x) => x.removeAttribute(name))", name)
-    rules = {line.split()[0] for line in find_violations(page)}
-    assert rules == {"aria-required-attr", "scrollable-region-focusable"}
+    assert {line.split()[0] for line in find_violations(page)} == {"scrollable-region-focusable"}
+    page.set_viewport_size({"width": 1200, "height": 800})  # the captions of the sidebar
+    assert "aria-required-attr" in {line.split()[0] for line in find_violations(page)}
