@@ -61,8 +61,9 @@ gpu:  # by the machine's own python3, which has torch for CUDA: benchmarks/READM
 test-processes: $(VENV)/.installed-dev  # training in two processes gives the losses of one
 	$(BIN)/pytest -m processes
 
-test-browser: $(VENV)/.installed-dev  # the server's page; needs Debian's chromium
+test-browser: $(VENV)/.installed-dev  # the server's page, and every page by axe-core; needs chromium and npm
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	npm install --silent --no-audit --no-fund --prefix build/axe axe-core@4.14.1
 	$(BIN)/pytest -m browser
 
 test-ray: $(VENV)/.installed-dev  # Ray Serve and Ray Data: a replica, an actor killed amid work

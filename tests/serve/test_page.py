@@ -6,7 +6,6 @@ Screenshots go to the folder in VITLIB_SCREENSHOTS, if it is set.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fixtures.browser import start_chromium
 from fixtures.server import SAMPLES, Server
 
 pytestmark = pytest.mark.browser
@@ -39,14 +39,8 @@ DISPATCH = """async ([kind, name, base64]) => {
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it")
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.skip("no chromium: apt-get install chromium")
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with start_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +132,7 @@ def test_page_shows_chosen_map(open_page: Callable[..., Any]) -> None:
     for method in ("relevance", "gradient", "similarity", "mask"):
         with page.expect_response(lambda response, m=method: f"method={m}" in response.url):
             page.select_option("select.method", method)
-        page.wait_for_selector("select.method:enabled")
+        page.wait_for_selector(".photo[aria-busy=false]")
         page.wait_for_timeout(100)
         pictures.add(page.locator("canvas").evaluate(read))
         save_screenshot(page, f"map-{method}")

@@ -15,6 +15,7 @@ from vitlib.evaluate.page import (
     format_fixed,
     number_cell,
     render_document,
+    render_notes,
     render_section,
     render_table,
 )
@@ -100,7 +101,7 @@ def render_audit(
     data = report.about["data"]
     title = f"Audit of {data['source']}"
     folder = _common_folder(report)
-    parts = [f"<h1>{escape_text(title)}</h1>", _cards(report), _notes(report)]
+    parts = [f"<h1>{escape_text(title)}</h1>", _cards(report), render_notes(report.notes)]
     for name, (heading, text, columns) in SECTIONS.items():
         rows = getattr(report, name)
         if not rows:
@@ -110,8 +111,10 @@ def render_audit(
         body += _details(name, rows, columns, folder)
         parts.append(render_section(f"{heading} ({len(rows)})", body))
     parts.append(render_section("Classes", _classes(report)) if report.classes else "")
-    parts.append(render_section("Thresholds", _texts("decides", report.thresholds)))
-    parts.append(render_section("Settings", _texts("setting", dict(_flatten(report.about)))))
+    parts.append(render_section("Thresholds", _texts("Thresholds", "decides", report.thresholds)))
+    parts.append(
+        render_section("Settings", _texts("Settings", "setting", dict(_flatten(report.about))))
+    )
     return render_document(title, parts)
 
 
@@ -128,14 +131,6 @@ def _cards(report: AuditReport) -> str:
     return f'<p class="quiet">{escape_text(summary)}</p>\n<div class="cards">{"".join(cards)}</div>'
 
 
-def _notes(report: AuditReport) -> str:
-    """Render the notes as a list; empty without notes."""
-    if not report.notes:
-        return ""
-    lines = "".join(f"<li>{escape_text(note)}</li>" for note in report.notes)
-    return f'<ul class="notes">{lines}</ul>'
-
-
 def _tiles(tiles: Sequence[TileLike], thumbnails: Mapping[str, bytes | None], folder: str) -> str:
     """Render photos with their names and lines."""
     figures = []
@@ -144,7 +139,7 @@ def _tiles(tiles: Sequence[TileLike], thumbnails: Mapping[str, bytes | None], fo
         image = (
             '<div class="gone">cannot be read</div>'
             if picture is None
-            else f'<img alt="{escape_text(name)}" src="{encode_data(picture, "jpeg")}">'
+            else f'<img alt="photo {escape_text(name)}" src="{encode_data(picture, "jpeg")}">'
         )
         lines = "".join(f"<span>{escape_text(line)}</span>" for line in tile.lines if line.strip())
         caption = f"<figcaption><b>{escape_text(name)}</b>{lines}</figcaption>"
@@ -161,7 +156,7 @@ def _details(name: str, rows: Sequence[Any], columns: Sequence[str], folder: str
     more = len(rows) - MAX_ROWS
     rest = f"<p>and {more} more, in {name}.csv</p>" if more > 0 else ""
     heads = [column.replace("_", " ") for column in columns]
-    return f'<p></p><div class="rows">{render_table(heads, body)}</div>{rest}'
+    return f'<p></p><div class="rows">{render_table(SECTIONS[name][0], heads, body)}</div>{rest}'
 
 
 def _cell(value: Any, column: str, folder: str) -> Cell:
@@ -184,13 +179,13 @@ def _classes(report: AuditReport) -> str:
         ]
         for row in report.classes
     ]
-    return render_table(heads, rows, sortable=True)
+    return render_table("Classes", heads, rows, sortable=True)
 
 
-def _texts(head: str, values: Mapping[str, object]) -> str:
+def _texts(title: str, head: str, values: Mapping[str, object]) -> str:
     """Render names and texts as a table."""
     rows = [[(name, name), (str(value), str(value))] for name, value in values.items()]
-    return f'<div class="texts">{render_table([head, "value"], rows)}</div>'
+    return f'<div class="texts">{render_table(title, [head, "value"], rows)}</div>'
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:

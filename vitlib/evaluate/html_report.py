@@ -16,6 +16,7 @@ from vitlib.evaluate.page import (
     format_significant,
     number_cell,
     render_document,
+    render_notes,
     render_picture,
     render_section,
     render_table,
@@ -55,13 +56,13 @@ def render_page(
     parts = [
         f"<h1>{escape_text(title)}</h1>",
         _cards(report),
-        _notes_list(report),
+        render_notes(report.notes),
         render_section("Metrics", _metrics_table(report)),
         *_chart_sections(report, charts, mistakes),
         render_section("Each output", _outputs_table(report))
         if report.per_output
         else render_section("Each class", _classes_table(report)),
-        _failedrender_section(report),
+        _failed_section(report),
         render_section("Settings", _settings_table(report)),
     ]
     return render_document(title, parts)
@@ -91,14 +92,6 @@ def _card(report: Report, name: str) -> str:
     return f'<div class="card"><b>{value}</b><span>{title}</span>{span}</div>'
 
 
-def _notes_list(report: Report) -> str:
-    """Render the notes as a list; empty without notes."""
-    notes = list(report.notes)
-    if not notes:
-        return ""
-    return f'<ul class="notes">{"".join(f"<li>{escape_text(note)}</li>" for note in notes)}</ul>'
-
-
 def _metrics_table(report: Report) -> str:
     """Render every metric with its interval."""
     before = report.uncalibrated
@@ -117,7 +110,7 @@ def _metrics_table(report: Report) -> str:
         "resamples of the photos. They show how the choice of photos changes a metric, not how "
         "another training run would.</p>"
     )
-    return render_table(head, rows) + (method if boot["resamples"] else "")
+    return render_table("Metrics", head, rows) + (method if boot["resamples"] else "")
 
 
 def _outputs_table(report: Report) -> str:
@@ -127,7 +120,7 @@ def _outputs_table(report: Report) -> str:
         [(row.label, row.label), *(number_cell(value, format_significant) for value in row[1:])]
         for row in report.per_output
     ]
-    return render_table(head, rows, sortable=True)
+    return render_table("Each output", head, rows, sortable=True)
 
 
 def _classes_table(report: Report) -> str:
@@ -141,7 +134,8 @@ def _classes_table(report: Report) -> str:
         if report.thresholds:
             cells.append(number_cell(report.thresholds[index]))
         rows.append(cells)
-    return render_table([*head, *["threshold"] * bool(report.thresholds)], rows, sortable=True)
+    head += ["threshold"] * bool(report.thresholds)
+    return render_table("Each class", head, rows, sortable=True)
 
 
 def _chart_sections(
@@ -160,11 +154,34 @@ def _chart_sections(
     return [
         render_section(
             title,
-            _mistake_tiles(mistakes) if name not in charts else render_picture(title, versions),
+            render_picture(_describe_chart(report, name), versions)
+            if versions
+            else _mistake_tiles(mistakes),
         )
         for name, title in titles.items()
         if (versions := charts.get(name, {})) or name == "mistakes.png"
     ]
+
+
+def _describe_chart(report: Report, name: str) -> str:
+    """Say in text what a chart shows, and where its numbers are."""
+    of_classes = count_noun(len(report.per_class), "class")
+    in_table = "are in the table Each class"
+    if name == "confusion.png" and report.multi_label:
+        return f"Right, missed and wrong labels of {of_classes}; recall and precision {in_table}."
+    if name == "confusion.png":
+        pairs = [f"{a} taken for {b} {n}x" for a, b, n in report.confused[:5]]
+        mistakes = f"most frequent mistakes: {'; '.join(pairs)}" if pairs else "no mistakes"
+        return f"Confusion of {of_classes}; {mistakes}."
+    if name == "reliability.png":
+        error = format_fixed(report.metrics["expected_calibration_error"], 3)
+        return f"Accuracy over confidence; expected calibration error {error}."
+    if name == "roc.png":
+        return f"True over false positive rates of {of_classes}; areas {in_table}, column AUC."
+    if name == "precision_recall.png":
+        return f"Precision over recall of {of_classes}; average precision {in_table}."
+    shown = "Predicted over true numbers" if name == "predicted.png" else "Histogram of the errors"
+    return f"{shown} of each output; errors and R2 are in the table Each output."
 
 
 def _mistake_tiles(mistakes: Sequence[Photo]) -> str:
@@ -175,7 +192,9 @@ def _mistake_tiles(mistakes: Sequence[Photo]) -> str:
     for mistake, photo in mistakes:
         image = '<div class="gone">no longer readable</div>'
         if photo is not None:
-            image = f'<img alt="" src="{encode_data(photo, "jpeg")}">'
+            image = (
+                f'<img alt="photo {escape_text(mistake.name)}" src="{encode_data(photo, "jpeg")}">'
+            )
         lines = "".join(f"<span>{escape_text(line)}</span>" for line in mistake.lines)
         tiles.append(
             f"<figure>{image}<figcaption><b>{escape_text(mistake.name)}</b>{lines}</figcaption>"
@@ -184,7 +203,7 @@ def _mistake_tiles(mistakes: Sequence[Photo]) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _failedrender_section(report: Report) -> str:
+def _failed_section(report: Report) -> str:
     """List the photos that could not be used; empty without any."""
     both = [*report.failed, *report.failed_tuning]
     if not both:
@@ -192,10 +211,9 @@ def _failedrender_section(report: Report) -> str:
     rows = [[(file, file), (error, error)] for file, error in both[:MAX_ROWS]]
     more = len(both) - MAX_ROWS
     rest = f"<p>and {more} more, in metrics.json</p>" if more > 0 else ""
-    body = render_table(["file", "error"], rows) + rest
-    return render_section(
-        f"{len(both)} photos could not be used", f'<div class="texts">{body}</div>'
-    )
+    title = f"{count_noun(len(both), 'photo')} could not be used"
+    body = render_table(title, ["file", "error"], rows) + rest
+    return render_section(title, f'<div class="texts">{body}</div>')
 
 
 def _settings_table(report: Report) -> str:
@@ -207,7 +225,7 @@ def _settings_table(report: Report) -> str:
         fitted = report.calibration
         origin = f"tuned on {fitted.photos} photos of {fitted.source}"
         rows.append([("temperature", ""), (f"{fitted.temperature:.4g}, {origin}", "")])
-    return f'<div class="texts">{render_table(["setting", "value"], rows)}</div>'
+    return f'<div class="texts">{render_table("Settings", ["setting", "value"], rows)}</div>'
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 from vitlib.evaluate.page_style import SCRIPT, STYLE
@@ -83,11 +83,12 @@ def format_significant(value: float, digits: int = 5) -> str:
 
 
 def render_table(
-    head: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = False
+    title: str, head: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = False
 ) -> str:
-    """Render a table whose first column is text and whose others are numbers.
+    """Render a table whose first column names the row, in a box that scrolls.
 
     Args:
+        title: name of the table, which screen readers read.
         head: names of the columns.
         rows: cells of each row.
         sortable: True if a click on a column's name sorts the rows.
@@ -101,21 +102,25 @@ def render_table(
         else f'<th scope="col">{escape_text(name)}</th>'
         for name in head
     ]
-    body = [f"<tr>{''.join(map(_td, row, head))}</tr>" for row in rows]
+    body = [f"<tr>{''.join(_cells(row, head))}</tr>" for row in rows]
     kind = ' class="sortable"' if sortable else ""
     return (
-        f'<div class="wide" tabindex="0"><table{kind}><thead><tr>{"".join(names)}</tr></thead>\n'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape_text(title)}">'
+        f"<table{kind}><thead><tr>{''.join(names)}</tr></thead>\n"
         f"<tbody>\n{chr(10).join(body)}\n</tbody></table></div>"
     )
 
 
-def _td(cell: Cell, column: str) -> str:
-    """Render a cell; long names of metrics may break at underscores."""
-    shown, sort_key = cell
-    # A narrow page shows the column's name beside the cell.
-    key = f' data-v="{escape_text(sort_key)}"' if sort_key != shown else ""
-    breakable = escape_text(shown).replace("_", "_<wbr>")
-    return f'<td{key} data-column="{escape_text(column)}">{breakable}</td>'
+def _cells(row: Sequence[Cell], head: Sequence[str]) -> Iterator[str]:
+    """Render the cells of a row; long names of metrics may break at underscores."""
+    tag = 'th scope="row"'
+    for (shown, sort_key), column in zip(row, head, strict=True):
+        key = f' data-v="{escape_text(sort_key)}"' if sort_key != shown else ""
+        # A narrow page shows the column's name beside the cell.
+        name = f' data-column="{escape_text(column)}"'
+        breakable = escape_text(shown).replace("_", "_<wbr>")
+        yield f"<{tag}{key}{name}>{breakable}</{tag.split()[0]}>"
+        tag = "td"
 
 
 def number_cell(value: float, form: Callable[[float], str] = format_fixed) -> Cell:
@@ -131,6 +136,19 @@ def number_cell(value: float, form: Callable[[float], str] = format_fixed) -> Ce
     return form(value), f"{value:.9g}" if math.isfinite(value) else ""
 
 
+def render_notes(notes: Iterable[str]) -> str:
+    """Render remarks as a list.
+
+    Args:
+        notes: the remarks, as text.
+
+    Returns:
+        The HTML; empty without notes.
+    """
+    items = "".join(f"<li>{escape_text(note)}</li>" for note in notes)
+    return f'<ul class="notes" aria-label="Notes">{items}</ul>' if items else ""
+
+
 def render_section(title: str, body: str) -> str:
     """Render a section of a page.
 
@@ -144,26 +162,27 @@ def render_section(title: str, body: str) -> str:
     return f"<section>\n<h2>{escape_text(title)}</h2>\n{body}\n</section>"
 
 
-def render_picture(title: str, versions: Mapping[str, bytes]) -> str:
+def render_picture(description: str, versions: Mapping[str, bytes]) -> str:
     """Render a chart, whose version follows the page's width and the reader's colour scheme.
 
     Args:
-        title: text in place of the picture.
+        description: text in place of the picture: what it shows, and where its numbers are.
         versions: PNG by version: light, dark, and for narrow pages "narrow light" and
             "narrow dark".
 
     Returns:
         The HTML.
     """
-    dark, narrow = "(prefers-color-scheme: dark)", "(max-width: 52rem)"
-    conditions = {"narrow dark": f"{narrow} and {dark}", "narrow light": narrow, "dark": dark}
+    dark, narrow = "screen and (prefers-color-scheme: dark)", "(max-width: 52rem)"  # paper is light
+    conditions = {"narrow dark": f"{dark} and {narrow}", "narrow light": narrow, "dark": dark}
     sources = [
         f'<source media="{condition}" srcset="{encode_data(versions[name], "png")}">'
         for name, condition in conditions.items()
         if name in versions
     ]
     large = ' class="large"' if "narrow light" in versions else ""
-    image = f'<img{large} alt="{escape_text(title)}" src="{encode_data(versions["light"], "png")}">'
+    alt, light = escape_text(description), encode_data(versions["light"], "png")
+    image = f'<img{large} alt="{alt}" src="{light}">'
     return f'<div class="picture"><picture>{"".join(sources)}{image}</picture></div>'
 
 

@@ -1,7 +1,8 @@
 """Style sheet and script of a report's page.
 
-The colours of dark pages are those of the charts (palette.py). On narrow pages, the cells of a row
-of numbers stand below each other, each beside the name of its column: nothing scrolls sideways.
+The colours of dark pages are those of the charts (palette.py). On narrow screens, the cells of a
+row of numbers stand below each other, each beside the name of its column: nothing scrolls sideways.
+Paper is always light, and shows whole what scrolls on a screen.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --quiet: #5c5c63; --line: #dcdce0;
   --card: #f4f4f6; --mark: #0072b2; --warn: #fff4d6; }
-@media (prefers-color-scheme: dark) { :root { --back: #17181a; --ink: #ececee; --quiet: #a4a4ab;
-  --line: #37383c; --card: #232427; --mark: #6cb8ea; --warn: #3b3114; } }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --back: #17181a; --ink: #ececee; --quiet: #a4a4ab; --line: #37383c;
+    --card: #232427; --mark: #6cb8ea; --warn: #3b3114; }
+}
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -31,15 +34,18 @@ h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere;
+tbody th { font-weight: inherit; }
+tr > :first-child { text-align: left; white-space: normal; overflow-wrap: anywhere;
   min-width: 8rem; }
 .texts th, .texts td { text-align: left; white-space: normal; overflow-wrap: anywhere;
   vertical-align: top; }
 .rows th, .rows td { text-align: left; white-space: normal; vertical-align: top; }
+.rows td:last-child { min-width: 12rem; }
 thead th { position: sticky; top: 0; background: var(--card); font-weight: 600; }
-tbody tr + tr td { border-top: 1px solid var(--line); }
+tbody tr + tr > * { border-top: 1px solid var(--line); }
 th button { all: unset; cursor: pointer; font: inherit; }
-th button:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
+th button:focus-visible, .wide:focus-visible {
+  outline: 2px solid var(--mark); outline-offset: 2px; }
 th[aria-sort] button { color: var(--mark); }
 th[aria-sort="ascending"] button::after { content: " \\25B2"; font-size: .7em; }
 th[aria-sort="descending"] button::after { content: " \\25BC"; font-size: .7em; }
@@ -57,26 +63,41 @@ figcaption b, figcaption span { display: block; }
 figcaption span { color: var(--quiet); }
 @media (max-width: 40rem) { main { padding: .75rem .75rem 3rem; } h1 { font-size: 1.25rem; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
-@media (max-width: 52rem) {
-  section > .wide thead { display: none; }
-  section > .wide .sortable thead { display: block; position: sticky; top: 0;
+@media screen and (max-width: 52rem) {
+  section > .wide thead { position: absolute; clip-path: inset(50%); }
+  section > .wide .sortable thead { display: block; position: sticky; top: 0; clip-path: none;
     background: var(--card); }
   section > .wide thead tr { display: flex; flex-wrap: wrap; }
   section > .wide thead th { position: static; min-width: 0; padding: .35rem .5rem; }
-  section > .wide tbody tr { display: grid; grid-template-columns: 1fr 1fr; column-gap: 1rem;
+  section > .wide tbody tr { display: grid;
+    grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); column-gap: 1rem;
     padding: .5rem .6rem; }
   section > .wide tbody tr + tr { border-top: 1px solid var(--line); }
   section > .wide tbody td { display: flex; justify-content: space-between; gap: .5rem; border: 0;
-    padding: .1rem 0; min-width: 0; }
-  section > .wide tbody td:first-child { display: block; grid-column: 1 / -1; font-weight: 600; }
-  section > .wide tbody td + td::before { content: attr(data-column); color: var(--quiet);
+    padding: .1rem 0; min-width: 0; white-space: normal; }
+  section > .wide tbody th { grid-column: 1 / -1; border: 0; padding: .1rem 0; font-weight: 600; }
+  section > .wide tbody td::before { content: attr(data-column); color: var(--quiet);
     white-space: normal; text-align: left; }
   section > .wide table:not(.sortable) tbody tr { grid-template-columns: minmax(0, 1fr) auto; }
-  section > .wide table:not(.sortable) td:first-child { grid-column: 1; }
+  section > .wide table:not(.sortable) tbody th { grid-column: 1; }
   section > .wide table:not(.sortable) td:nth-child(2)::before { content: none; }
   section > .wide table:not(.sortable) td:nth-child(n + 3) { grid-column: 1 / -1; }
   section > .wide tbody td:empty { display: none; } }
-@media print { .wide { max-height: none; overflow: visible; } }
+@media print {
+  :root { color-scheme: light; }
+  body { font-size: 11pt; }
+  main { max-width: none; padding: 0; }
+  .wide, .wide:has(.sortable) { max-height: none; overflow: visible; border: 0; }
+  table { font-size: 8.5pt; }
+  thead th { position: static; }
+  th, td { white-space: normal; padding: .25rem .4rem; }
+  tr > :first-child, .rows td:last-child { min-width: 6em; }
+  .rows td { overflow-wrap: anywhere; min-width: 4em; }
+  .picture img { width: auto; max-width: min(100%, 13cm); max-height: 21cm; }
+  .picture img.large { max-width: 100%; }
+  h2 { break-after: avoid; }
+  thead, tr, figure, .card, .picture, .notes li { break-inside: avoid; }
+  .card, .notes { border: 1px solid var(--line); } }
 """
 
 # Sorts a table by a column; undefined numbers come last in both directions.

@@ -13,6 +13,7 @@ from vitlib.evaluate.page import (
     escape_text,
     number_cell,
     render_document,
+    render_notes,
     render_picture,
     render_section,
     render_table,
@@ -21,10 +22,21 @@ from vitlib.probe.figures import METHOD_NAMES, best_feature, short_name
 from vitlib.probe.results import FewShotRow, ProbeReport, ProbeRow, SelectedRow
 
 MAX_ROWS = 500  # of a table on the page; probe.csv has all
-CHARTS = {
-    "layers.png": "By layer",
-    "few_shot.png": "By number of photos",
-    "classes.png": "Map of the classes",
+TABLE, FEW = "Model, layer, pool and method", "Few photos of a class"
+CHARTS = {  # title, and the text in place of the picture
+    "layers.png": (
+        "By layer",
+        f"The metric by layer, pool and method; its numbers are in the table {TABLE}.",
+    ),
+    "few_shot.png": (
+        "By number of photos",
+        f"The metric by number of photos of a class; its numbers are in the table {FEW}.",
+    ),
+    "classes.png": (
+        "Map of the classes",
+        "Photos as points, near each other where their features are alike; a colour for each "
+        "class. How well the classes separate is the metric of the method knn.",
+    ),
 }
 
 
@@ -43,13 +55,13 @@ def render_probe_page(report: ProbeReport, charts: Mapping[str, Mapping[str, byt
         f"<h1>{escape_text(title)}</h1>",
         _summary(report),
         _cards(report),
-        _notes(report),
+        render_notes(report.notes),
         *[
             render_section(_chart_title(report, name), render_picture(text, charts[name]))
-            for name, text in CHARTS.items()
+            for name, (_, text) in CHARTS.items()
             if name in charts
         ],
-        render_section("Model, layer, pool and method", _rows_table(report)),
+        render_section(TABLE, _rows_table(report)),
         _selected_section(report),
         _few_shot_section(report),
         _failed_section(report),
@@ -61,9 +73,9 @@ def render_probe_page(report: ProbeReport, charts: Mapping[str, Mapping[str, byt
 def _chart_title(report: ProbeReport, name: str) -> str:
     """Return the heading of a chart; maps and few photos are those of one layer and pool."""
     if name == "layers.png":
-        return CHARTS[name]
+        return CHARTS[name][0]
     model, layer, pool = best_feature(report)
-    return f"{CHARTS[name]}: {short_name(model)}, layer {layer}, {pool}"
+    return f"{CHARTS[name][0]}: {short_name(model)}, layer {layer}, {pool}"
 
 
 def _summary(report: ProbeReport) -> str:
@@ -113,14 +125,6 @@ def _card(value: str, title: str, span: str) -> str:
     )
 
 
-def _notes(report: ProbeReport) -> str:
-    """Render the notes as a list; empty without notes."""
-    if not report.notes:
-        return ""
-    items = "".join(f"<li>{escape_text(note)}</li>" for note in report.notes)
-    return f'<ul class="notes">{items}</ul>'
-
-
 def _span(interval: tuple[float, float]) -> str:
     """Write an interval."""
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
@@ -156,7 +160,7 @@ def _rows_table(report: ProbeReport) -> str:
         "photos of the training part that the fit did not see; layer and pool are chosen by it. "
         "The highest of many rows is better than the next photos will be.</p>"
     )
-    return render_table(head, rows, sortable=True) + rest + note
+    return render_table(TABLE, head, rows, sortable=True) + rest + note
 
 
 def _row_cells(row: ProbeRow, several: bool, other: str) -> list[Cell]:
@@ -193,7 +197,8 @@ def _selected_section(report: ProbeReport) -> str:
         "part, by logistic regression, and is measured on photos outside of it.</p>"
     )
     head = ["model", TITLES[report.primary], "95 % interval", "chosen in each round"]
-    return render_section("Layer and pool chosen by the photos", render_table(head, rows) + note)
+    title = "Layer and pool chosen by the photos"
+    return render_section(title, render_table(title, head, rows) + note)
 
 
 def _selected_cells(row: SelectedRow) -> list[Cell]:
@@ -219,7 +224,7 @@ def _few_shot_section(report: ProbeReport) -> str:
             "over draws", "lowest", "highest"]  # fmt: skip
     more = len(report.few_shot) - len(shown)
     rest = f"<p>and {more} more, in probe.csv</p>" if more > 0 else ""
-    return render_section("Few photos of a class", render_table(head, rows, sortable=True) + rest)
+    return render_section(FEW, render_table(FEW, head, rows, sortable=True) + rest)
 
 
 def _few_cells(row: FewShotRow, several: bool) -> list[Cell]:
@@ -243,8 +248,8 @@ def _failed_section(report: ProbeReport) -> str:
     rows = [[_text(file), _text(error)] for file, error in report.failed[:MAX_ROWS]]
     more = len(report.failed) - MAX_ROWS
     rest = f"<p>and {more} more, in probe.json</p>" if more > 0 else ""
-    body = render_table(["file", "error"], rows) + rest
     title = f"{count_noun(len(report.failed), 'photo')} could not be used"
+    body = render_table(title, ["file", "error"], rows) + rest
     return render_section(title, f'<div class="texts">{body}</div>')
 
 
@@ -262,4 +267,4 @@ def _settings_table(report: ProbeReport) -> str:
         for name, value in report.about[group].items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else value
             rows.append([_text(f"{group} {name}"), _text(DASH if text in (None, "") else text)])
-    return f'<div class="texts">{render_table(["setting", "value"], rows)}</div>'
+    return f'<div class="texts">{render_table("Settings", ["setting", "value"], rows)}</div>'

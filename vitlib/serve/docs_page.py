@@ -74,7 +74,9 @@ def _render_operation(
     if content:
         yield f"<p>Body: {escape(', '.join(content))}</p>\n"
         commands = [text.format(url=url) for kind, text in _COMMANDS.items() if kind in content]
-        yield f"<pre>{escape(chr(10).join(commands))}</pre>\n"
+        label = escape(f"Commands of {name}")  # the box scrolls, so that a keyboard must reach it
+        text = escape(chr(10).join(commands))
+        yield f'<pre tabindex="0" role="region" aria-label="{label}">{text}</pre>\n'
     answers = operation.get("responses", {})
     yield _table("Answers", [(code, item.get("description", "")) for code, item in answers.items()])
     yield "</section>\n"

@@ -1,5 +1,6 @@
 // Classifies photos, and shows bars of scores and the model's attention. Each photo is a request of
-// its own, so that a bad photo does not affect the others; a few requests run at a time.
+// its own, so that a bad photo does not affect the others; a few requests run at a time. Every text
+// is in index.html.
 "use strict";
 
 const MAX_REQUESTS = 4;
@@ -8,9 +9,20 @@ const [about, drop, pick, progress, answers] =
   ["about", "drop", "pick", "progress", "answers"].map(byId);
 const keyLine = byId("key-line");
 const key = byId("key");
+const texts = JSON.parse(byId("texts").textContent);
 let model = { answers: [] };
 let waiting = [];
 let running = 0;
+let added = 0;
+
+// Returns a text of the page with its values.
+function say(name, values = {}) {
+  return texts[name].replace(/\{(\w+)\}/g, (_, value) => values[value]);
+}
+
+function sayCount(name, n) {
+  return say(n === 1 ? `${name}One` : name, { n });
+}
 
 function headers(more) {
   return key.value ? { ...more, Authorization: `Bearer ${key.value}` } : more;
@@ -24,7 +36,7 @@ async function post(path, file) {
   try {
     answer = await fetch(path, options);
   } catch {
-    throw new Error("The server does not answer.");
+    throw new Error(say("noAnswer"));
   }
   const body = await answer.json().catch(() => ({}));
   if (answer.status === 401) {
@@ -32,7 +44,7 @@ async function post(path, file) {
     key.focus();
   }
   if (!answer.ok) {
-    throw new Error(body.error ? body.error.message : `The server answers ${answer.status}.`);
+    throw new Error(body.error ? body.error.message : say("status", { status: answer.status }));
   }
   return [body, performance.now() - start];
 }
@@ -110,23 +122,35 @@ function addAttention(item, file, image) {
   }
   button.disabled = method.disabled = false;
   let attention = null;
+  let loading = false;
   const draw = () => attention && !canvas.hidden &&
     overlay(canvas, image, attention.maps[0], attention.shown[0]);
+  // The controls stay enabled meanwhile: a disabled one would lose the focus of the keyboard.
   const load = async () => {
-    button.disabled = method.disabled = true;
+    const photo = item.querySelector(".photo");
+    loading = true;
+    photo.setAttribute("aria-busy", "true");
     try {
-      [attention] = await post(`attend?method=${method.value}`, file);
+      let chosen;
+      do {
+        chosen = method.value;
+        [attention] = await post(`attend?method=${chosen}`, file);
+      } while (chosen !== method.value);
+      const name = method.selectedOptions[0].textContent;
+      canvas.setAttribute("aria-label", say("map", { method: name }));
+      item.querySelector(".error").hidden = true;
       return true;
     } catch (error) {
       fail(item, error);
       return false;
     } finally {
-      button.disabled = method.disabled = false;
+      loading = false;
+      photo.setAttribute("aria-busy", "false");
     }
   };
   button.addEventListener("click", async () => {
     const on = button.getAttribute("aria-pressed") !== "true";
-    if (on && !attention && !await load()) {
+    if (loading || (on && !attention && !await load())) {
       return;
     }
     button.setAttribute("aria-pressed", String(on));
@@ -135,7 +159,7 @@ function addAttention(item, file, image) {
   });
   method.addEventListener("change", async () => {
     attention = null;
-    if (!canvas.hidden && await load()) {
+    if (!loading && !canvas.hidden && await load()) {
       draw();
     }
   });
@@ -152,6 +176,11 @@ async function show(file, item) {
   const image = item.querySelector("img");
   const caption = item.querySelector("figcaption");
   caption.textContent = file.name;
+  added += 1;
+  caption.id = `photo-${added}`;
+  for (const control of item.querySelectorAll("button, select")) {
+    control.setAttribute("aria-describedby", caption.id);
+  }
   image.alt = file.name;
   image.src = URL.createObjectURL(file);
   image.addEventListener("error", () => { image.hidden = true; });
@@ -160,9 +189,9 @@ async function show(file, item) {
     if (model.answers.includes("classify")) {
       const [result, milliseconds] = await post("classify", file);
       item.querySelector("tbody").append(...result.predictions[0].map(row));
-      item.querySelector(".time").textContent = `${Math.round(milliseconds)} ms`;
+      item.querySelector(".time").textContent = say("time", { n: Math.round(milliseconds) });
     } else {
-      item.querySelector(".time").textContent = "This model has no labels.";
+      item.querySelector(".time").textContent = say("noLabels");
     }
     addAttention(item, file, image);
   } catch (error) {
@@ -181,10 +210,9 @@ function next() {
     });
   }
   const remaining = waiting.length + running;
-  progress.textContent = remaining ? `${remaining} photo${remaining > 1 ? "s" : ""} remaining…` : "";
+  progress.textContent = remaining ? sayCount("remaining", remaining) : "";
   if (!remaining && answers.children.length) {
-    const count = answers.children.length;
-    progress.textContent = `${count} photo${count > 1 ? "s" : ""} answered.`;
+    progress.textContent = sayCount("answered", answers.children.length);
   }
 }
 
@@ -223,12 +251,11 @@ document.addEventListener("paste", (event) => {
 const loaded = (async () => {
   try {
     model = await (await fetch("version")).json();
-    const kind = isRegression() ? "outputs" : "classes";
-    const calibrated = model.calibration ? ", calibrated" : "";
-    const classes =
-      model.classes ? `${model.classes} ${kind}, ${model.task}${calibrated}` : "no labels";
-    about.textContent = `${model.model} · ${classes}`;
+    const kind = say(isRegression() ? "outputs" : "classes");
+    const labelled = model.calibration ? "aboutCalibrated" : "about";
+    const values = { model: model.model, n: model.classes, kind, task: model.task };
+    about.textContent = say(model.classes ? labelled : "aboutWithoutLabels", values);
   } catch {
-    about.textContent = "The server does not answer.";
+    about.textContent = say("noAnswer");
   }
 })();
