@@ -176,6 +176,7 @@ plots.heads(
 # `relevance` weighs each attention by the gradient of one class, so that it answers "which
 # patches speak for this label?". We ask it about the coat, for its two best labels.
 
+
 # %%
 def show_maps(photo, maps, vmin=None, vmax=None):
     """Draw maps over a photo, side by side, each under its title."""

@@ -66,7 +66,9 @@ def draw_photo(garment, name):
     """Return a photo of a garment with a print, (28, 28) uint8."""
     photo = Image.open(samples / f"{garment}.png").convert("L")
     photo = photo.rotate(
-        random.uniform(-12, 12), Image.Resampling.BILINEAR, translate=tuple(random.integers(-2, 3, 2))
+        random.uniform(-12, 12),
+        Image.Resampling.BILINEAR,
+        translate=tuple(random.integers(-2, 3, 2)),
     )
     pixels = np.asarray(photo)[:, :: random.choice([-1, 1])]
     return (pixels * print_on(name) * random.uniform(0.8, 1)).astype(np.uint8)
@@ -195,6 +197,7 @@ Image.open("report/reliability.png").convert("RGB")
 
 # %% [markdown]
 # **Every photo** is a row of `predictions.csv`. We ask it which garments are hard.
+
 
 # %%
 def accuracy_by_garment(folder):
