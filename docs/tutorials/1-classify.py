@@ -300,7 +300,7 @@ plots.contact_sheet(
 
 # %%
 negative_scores = vit.probabilities(negatives)
-right = [names[row.argmax()] == photo.stem for row, photo in zip(negative_scores, photos)]
+right = [names[row.argmax()] == photo.stem for row, photo in zip(negative_scores, photos, strict=True)]
 print(f"{sum(right)} of {len(right)} right, highest score {negative_scores.max():.2f}")
 assert sum(right) <= 3
 assert negative_scores.max() > 0.9
