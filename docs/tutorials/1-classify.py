@@ -180,7 +180,7 @@ plots.heads(
 # %%
 def show_maps(photo, maps, vmin=None, vmax=None):
     """Draw maps over a photo, side by side, each under its title."""
-    figure, axes = plt.subplots(1, len(maps), figsize=(2.6 * len(maps), 2.9), layout="constrained")
+    _, axes = plt.subplots(1, len(maps), figsize=(2.6 * len(maps), 2.9), layout="constrained")
     for axis, (title, values) in zip(axes, maps.items(), strict=True):
         axis.imshow(Image.open(photo), cmap="gray", extent=(0, 1, 1, 0))
         axis.imshow(values, alpha=0.6, extent=(0, 1, 1, 0), vmin=vmin, vmax=vmax)
@@ -300,7 +300,9 @@ plots.contact_sheet(
 
 # %%
 negative_scores = vit.probabilities(negatives)
-right = [names[row.argmax()] == photo.stem for row, photo in zip(negative_scores, photos, strict=True)]
+right = [
+    names[row.argmax()] == photo.stem for row, photo in zip(negative_scores, photos, strict=True)
+]
 print(f"{sum(right)} of {len(right)} right, highest score {negative_scores.max():.2f}")
 assert sum(right) <= 3
 assert negative_scores.max() > 0.9

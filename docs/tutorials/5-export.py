@@ -163,7 +163,8 @@ def vary(path):
     side = int(random.integers(24, 33))
     photo = photo.resize((side, side), Image.Resampling.BILINEAR)
     photo = photo.crop(((side - 28) // 2, (side - 28) // 2, (side + 28) // 2, (side + 28) // 2))
-    return photo.point(lambda level, factor=random.uniform(0.7, 1): level * factor).convert("RGB")
+    factor = random.uniform(0.7, 1)
+    return photo.point(lambda level: level * factor).convert("RGB")
 
 
 calibration_photos = [vary(path) for path in samples * 10]
@@ -184,8 +185,7 @@ reports = {
 
 # %%
 scores = {
-    name: vitlib.Predictor.load(f"{name}/model.onnx").probabilities(test_photos)
-    for name in reports
+    name: vitlib.Predictor.load(f"{name}/model.onnx").probabilities(test_photos) for name in reports
 }
 reference = scores["fp32"]
 print("       size   largest change of a score   labels kept")
@@ -221,14 +221,13 @@ assert reports["int8"].size < reports["fp16"].size < reports["fp32"].size
 #
 # ## Check a file again
 #
-# `verify` repeats the comparison of the export at any time, on any photos. It tells whether a
-# file still belongs to a checkpoint.
+# `verify` repeats the comparison of the export at any time: pixels first, then each output, for
+# each photo. It tells whether a file still belongs to a checkpoint.
 
 # %%
 verdict = vitlib.checks.verify("fp32/model.onnx", against="demo")
-print(verdict.verdict)
-for name, error in verdict.errors:
-    print(f"{name}: {error:.1e}")
+largest = max(error for _, error in verdict.errors)
+print(f"{verdict.verdict}: {len(verdict.errors)} comparisons, at most {largest:.1e} apart")
 assert verdict.ok
 
 # %% [markdown]
