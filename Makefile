@@ -69,8 +69,8 @@ test-ray: $(VENV)/.installed-dev  # Ray Serve and Ray Data: a replica, an actor 
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve,data]'
 	$(BIN)/pytest -m ray
 
-test-tutorials: $(VENV)/.installed-dev  # runs docs/tutorials/*.py; prints the seconds of each
-	OMP_NUM_THREADS=2 $(BIN)/pytest -m tutorials -s -q
+test-tutorials: $(VENV)/.installed-dev  # runs docs/tutorials/*.py end to end, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m tutorials --durations=5
 
 test-wheel: $(VENV)/.installed-dev  # the built wheel in environments of its own, without the checkout
 	$(BIN)/pytest -m wheel

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -133,11 +132,10 @@ def test_links_of_tutorial_exist(path: Path) -> None:
 
 @pytest.mark.tutorials
 @each
-def test_tutorial_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tutorial_runs(path: Path, tmp_path: Path) -> None:
     """Run a tutorial as a script, in an empty folder, without a display or a network."""
     own = {"MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
     environment = {**os.environ, **own, "PYTHONPATH": str(ROOT)}
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "error", str(path)],
         cwd=tmp_path,
@@ -147,7 +145,5 @@ def test_tutorial_runs(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         timeout=600,
         check=False,
     )
-    with capsys.disabled():
-        print(f"\n{path.stem}: {time.perf_counter() - start:.0f} s")
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert "Exception ignored" not in done.stderr, done.stderr

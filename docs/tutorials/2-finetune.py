@@ -13,13 +13,13 @@
 # %% [markdown]
 # # Fine-tune your photos and read the report
 #
-# You train a classifier on labelled photos of your own, measure it on photos that it never saw,
-# and read from the report what it can do, what it confuses, and how sure that is.
+# You train a classifier on labelled photos of your own, and measure it on photos that it
+# never saw. Then you read from the report what it can do, what it confuses, and how sure that is.
 #
 # You need `pip install 'vitlib[train,eval]'`. Here the photos are drawn: clothes with a print,
 # plain, striped or dotted. The model in the package knows clothes and nothing of prints, so it
-# has something to learn. For photos of your own, put a folder in place of `"photos"`, with a
-# folder for each class in it, and a larger model in place of `"demo"`.
+# has something to learn. For photos of your own, put a folder in place of `"photos"`. It has a
+# folder for each class. A larger model goes in place of `"demo"`.
 
 # %%
 import csv

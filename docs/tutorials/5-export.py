@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Export a model and run it without vitlib
 #
-# You write a model as one ONNX file, run it with ONNX Runtime in a process that has neither
-# vitlib nor torch, and make the file smaller while you watch what that costs.
+# You write a model as one ONNX file, and run it with ONNX Runtime in a process that has neither
+# vitlib nor torch. Then you make the file smaller, and measure what that costs.
 #
 # You need `pip install 'vitlib[export,plot]'` to write the file. To run it, `pip install
 # onnxruntime pillow` is enough. The model is the small one in the package; put a hub id or a
@@ -43,9 +43,9 @@ os.chdir(tempfile.mkdtemp())  # all files of this tutorial go to a new folder
 # %% [markdown]
 # ## Write the file
 #
-# `to_onnx` writes the file, opens it with ONNX Runtime, feeds it photos one, two and five at a
-# time, and compares every output with the model's. A file that differs is deleted. The comparison
-# is kept beside it, in `export.json`.
+# `to_onnx` writes the file and opens it with ONNX Runtime. It computes photos one, two and five at
+# a time, and compares every output with the model's. A file that differs is deleted. The
+# comparison is kept beside the file, in `export.json`.
 
 # %%
 report = export.to_onnx("demo", "fp32/model.onnx")
