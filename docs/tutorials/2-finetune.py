@@ -180,14 +180,15 @@ for true, predicted, count in report.confused:
 
 # %% [markdown]
 # **The worst mistakes**, those with the highest wrong score. Look at them before you change any
-# setting. Often the label is what is wrong, or the photo cannot be told by a person either.
+# setting. Often the label is what is wrong, or the photo cannot be told by a person either. Here
+# plain bags have a seam, and a narrow dress shows a single column of dots.
 
 # %%
 Image.open("report/mistakes.png").convert("RGB")
 
 # %% [markdown]
 # **Can the scores be believed?** Of the photos with a score of about 0.8, 80 % should be right.
-# Bars below the diagonal mean that the model is too sure. The expected calibration error is the
+# Points below the diagonal mean that the model is too sure. The expected calibration error is the
 # mean distance from the diagonal. `evaluate(..., tune=...)` mends it with photos that neither
 # train nor measure ([how](../finetuning.md#evaluating)).
 

@@ -223,8 +223,10 @@ with torch.inference_mode():
 print(tuple(features.shape))
 
 # %% [markdown]
-# The first three principal components of the features, as colours, show what the model tells
-# apart without any training on such canvases.
+# `patch_pca` shows the first three principal components of the features as colours. Garments
+# stand out from the background. Their colour says more of their place than of their kind: the
+# model was trained on one garment in the middle. The kind lies in other directions of the
+# features, which the head below finds.
 
 # %%
 colours = explain.patch_pca(model, images[test][:4], layer=3)
