@@ -1,4 +1,4 @@
-"""Figure that a notebook shows as a picture. Imports matplotlib: import it where a figure is made."""
+"""Figure that a notebook shows as a picture. Imports matplotlib, so it is imported on first use."""
 
 from __future__ import annotations
 
