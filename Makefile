@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-onnx test-export test-ecosystem test-processes test-browser test-ray test-wheel census bench gpu format clean
+.PHONY: demo test test-hub test-cuda test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel census bench gpu format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not export and not ecosystem and not processes and not browser and not ray and not wheel"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not export and not ecosystem and not processes and not browser and not ray and not tutorials and not wheel"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
@@ -69,6 +69,9 @@ test-browser: $(VENV)/.installed-dev  # the server's page, and every page by axe
 test-ray: $(VENV)/.installed-dev  # Ray Serve and Ray Data: a replica, an actor killed amid work
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve,data]'
 	$(BIN)/pytest -m ray
+
+test-tutorials: $(VENV)/.installed-dev  # runs docs/tutorials/*.py end to end, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m tutorials --durations=5
 
 test-wheel: $(VENV)/.installed-dev  # the built wheel in environments of its own, without the checkout
 	$(BIN)/pytest -m wheel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +213,13 @@ def test_overlay_shows_a_single_bright_patch() -> None:
     values[3, 5] = 1
     result = photo_pixels(plots.overlay(PHOTO, values, strength=1.0))
     assert (result[..., 1] > 200).any()
+
+
+def test_notebook_shows_figures_without_pyplot() -> None:
+    """IPython asks an object for `_repr_png_`; pyplot's backend is not loaded yet."""
+    figure = plots.labels(PHOTO, [Prediction("cat", 0.9, 0)])
+    shown = Image.open(io.BytesIO(figure._repr_png_()))
+    assert shown.format == "PNG"
+    assert shown.size == tuple(figure.canvas.get_width_height())
+    again = pickle.loads(pickle.dumps(figure))
+    assert again._repr_png_().startswith(b"\x89PNG")

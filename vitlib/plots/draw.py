@@ -38,16 +38,16 @@ def new_figure(width: float, height: float) -> Figure:
         height: Inches.
 
     Returns:
-        An empty figure.
+        An empty figure, which a notebook shows as a picture.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from vitlib.plots.notebook import NotebookFigure
     except ImportError as error:
         raise ConfigError("pictures need matplotlib: pip install 'vitlib[plot]'") from error
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return NotebookFigure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def show_image(axes: Axes, image: Any, title: str = "") -> None:
