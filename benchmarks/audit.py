@@ -146,14 +146,20 @@ def audit(model: str, data: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return run(Predictor.load(model), data, out, model=model, store=store, **settings).as_dict()
 
 
-def measure_copies(model: str, folder: Path, kind: str) -> list[str]:
-    """Measure duplicates among planted copies."""
+def plant_copies(folder: Path, kind: str) -> Path:
+    """Plant 1,000 photos with copies among them, once."""
     data = folder / f"copies-{kind}"
     if not data.exists():
         if kind == "fridge":
             plant(data, fridge(), 866, tuple(OPS), 1)
         else:
             plant(data, fashion(0, 700), 300, SINGLE, 1)
+    return data
+
+
+def measure_copies(model: str, folder: Path, kind: str) -> list[str]:
+    """Measure duplicates among planted copies."""
+    data = plant_copies(folder, kind)
     found = audit(model, data, folder / f"audit-{data.name}-{Path(model).name}")
     groups: dict[str, int] = {row["filename"]: row["group"] for row in found["duplicates"]}
     originals = {origin(str(p)): str(p) for p in data.rglob("*=original.png")}
@@ -221,15 +227,12 @@ def replace_labels(photos: list[tuple[Path, str]], table: Path, seed: int) -> se
 
 def measure_labels(model: str, folder: Path, kind: str) -> list[str]:
     """Measure replaced labels among the suspects."""
-    data = folder / (
-        "copies-fridge"
-        if kind == "fridge, copies"
-        else "labels-fashion"
-        if kind == "fashion"
-        else "labels-fridge"
-    )
-    if not data.exists():
-        plant(data, fashion(3000, 1000) if kind == "fashion" else fridge(), 0, SINGLE, 1)
+    if kind == "fridge, copies":
+        data = plant_copies(folder, "fridge")
+    else:
+        data = folder / ("labels-fashion" if kind == "fashion" else "labels-fridge")
+        if not data.exists():
+            plant(data, fashion(3000, 1000) if kind == "fashion" else fridge(), 0, SINGLE, 1)
     photos = [(path, path.parent.name) for path in sorted(data.rglob("*.png"))]
     shares, confident, accuracy = [], [], []
     for seed in range(10 if len(photos) < 500 else 3):
