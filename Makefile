@@ -91,7 +91,7 @@ $(CENSUS)/.installed: constraints.txt
 DOCS := .venv-docs
 docs: $(DOCS)/.installed  # the site, in build/docs; a warning is an error, and so is a dead link
 	rm -rf docs/api/generated
-	OMP_NUM_THREADS=1 $(DOCS)/bin/sphinx-build -W --keep-going -n -q -j auto -c docs -d build/doctrees . build/docs
+	OMP_NUM_THREADS=1 $(DOCS)/bin/sphinx-build -W --keep-going -n -q -E -c docs -d build/doctrees . build/docs
 	@echo 'The site: build/docs/index.html'
 
 $(DOCS)/.installed: pyproject.toml constraints.txt

@@ -60,11 +60,6 @@ html_copy_source = False
 templates_path = [str(ROOT / "docs/_templates")]  # autosummary looks below the source folder
 
 autosummary_generate = True
-# File systems that ignore case would merge the pages of Drop and drop.
-autosummary_filename_map = {
-    "vitlib.tokens.drop": "vitlib.tokens.drop-function",
-    "vitlib.tokens.merge": "vitlib.tokens.merge-function",
-}
 autodoc_typehints = "description"
 autoclass_content = "both"
 autodoc_preserve_defaults = True
@@ -121,6 +116,21 @@ def evaluate_hints() -> None:
                     value.__init__.__annotations__ = typing.get_type_hints(value.__init__)
 
 
+def map_file_names() -> dict[str, str]:
+    """Name the page of a function whose name only its case tells from a class's.
+
+    File systems of macOS and Windows would take vitlib.tokens.Drop and vitlib.tokens.drop for one.
+    """
+    renamed = {}
+    for prefix, module in public_modules():
+        names = public_names(module)
+        for name in names:
+            if any(other != name == other.lower() for other in names):
+                renamed[f"{prefix}.{name}"] = f"{prefix}.{name}-function"
+    return renamed
+
+
+autosummary_filename_map = map_file_names()
 ALIASES = list_aliases()
 import_types()
 evaluate_hints()

@@ -69,6 +69,7 @@ def read_blocks(page: Path) -> list[Block]:
 def clean(output: str) -> str:
     """Leave out what is of this machine alone."""
     output = output.replace(str(ROOT), "...").replace(str(Path.home()), "~")
+    output = re.sub(r"(Linux-[\d.]+)-\S*?(x86_64|aarch64)", r"\1-\2", output)
     lines = [line.rstrip() for line in output.splitlines() if not LIFE.fullmatch(line)]
     return "".join(f"{line}\n" for line in lines)
 
