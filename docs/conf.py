@@ -155,9 +155,13 @@ def resolve_alias(
 def escape_bars(
     app: Sphinx, what: str, name: str, member: object, options: object, lines: list[str]
 ) -> None:
-    """Escape the bars of absolute values, which reStructuredText takes for a substitution."""
+    """Escape the bars of absolute values, which reStructuredText takes for a substitution.
+
+    What torch says of its own constructor is left out.
+    """
     del app, what, name, member, options
-    lines[:] = [re.sub(r"(`[^`]*`)|\|", lambda m: m[1] or r"\|", line) for line in lines]
+    own = [line for line in lines if not line.startswith("Initialize internal Module state")]
+    lines[:] = [re.sub(r"(`[^`]*`)|\|", lambda m: m[1] or r"\|", line) for line in own]
 
 
 def skip_member(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -24,16 +26,18 @@ def mask(output: str) -> Counter[str]:
 @pytest.fixture
 def run_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., tuple[int, str, str]]
-) -> Callable[[list[Path]], None]:
-    """Make a function that runs pages one after the other in one folder."""
+) -> Callable[[list[Path]], str]:
+    """Make a function that runs pages in one folder, and returns what their Python prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))  # a page imports the file that `vendor` wrote
 
-    def run(pages: list[Path]) -> None:
+    def run(pages: list[Path]) -> str:
+        printed = io.StringIO()
         for page in pages:
             for block in read_blocks(page):
                 if block.language == "python":
-                    exec(compile(block.body, page.name, "exec"), {})
+                    with redirect_stdout(printed):
+                        exec(compile(block.body, page.name, "exec"), {})
                     continue
                 for arguments, expected in block.commands():
                     status, out, err = run_cli(*arguments)
@@ -41,23 +45,21 @@ def run_pages(
                     if not block.varies:
                         actual = mask(clean(out + err))
                         assert actual == mask(expected), (page.name, arguments)
+        return printed.getvalue()
 
     return run
 
 
-def test_start_prints_what_it_shows(
-    run_pages: Callable[[list[Path]], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_pages([START])
-    assert capsys.readouterr().out.splitlines() == ["shirt 0.96", "(1, 10)", "(1, 50, 96)"]
+def test_start_prints_what_it_shows(run_pages: Callable[[list[Path]], str]) -> None:
+    assert run_pages([START]).splitlines() == ["shirt 0.96", "(1, 10)", "(1, 50, 96)"]
 
 
-def test_how_to_pages_print_what_they_show(run_pages: Callable[[list[Path]], None]) -> None:
+def test_how_to_pages_print_what_they_show(run_pages: Callable[[list[Path]], str]) -> None:
     run_pages([page for page in list_pages() if page != EXPORT])
 
 
 @pytest.mark.export
-def test_export_page_prints_what_it_shows(run_pages: Callable[[list[Path]], None]) -> None:
+def test_export_page_prints_what_it_shows(run_pages: Callable[[list[Path]], str]) -> None:
     run_pages([list_pages()[0], EXPORT])
 
 
