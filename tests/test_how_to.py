@@ -25,7 +25,10 @@ def mask(output: str) -> Counter[str]:
 
 @pytest.fixture
 def run_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., tuple[int, str, str]]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    run_cli: Callable[..., tuple[int, str, str]],
 ) -> Callable[[list[Path]], str]:
     """Make a function that runs pages in one folder, and returns what their Python prints."""
     monkeypatch.chdir(tmp_path)
@@ -40,10 +43,13 @@ def run_pages(
                         exec(compile(block.body, page.name, "exec"), {})
                     continue
                 for arguments, expected in block.commands():
+                    caplog.clear()
                     status, out, err = run_cli(*arguments)
+                    # pytest takes the log, which a shell has on stderr.
+                    log = "".join(f"{record.getMessage()}\n" for record in caplog.records)
                     assert status == 0, (page.name, arguments, err)
                     if not block.varies:
-                        actual = mask(clean(out + err))
+                        actual = mask(clean(out + err + log))
                         assert actual == mask(expected), (page.name, arguments)
         return printed.getvalue()
 
