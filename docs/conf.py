@@ -21,7 +21,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "docs")]
 
 from public_api import public_modules, public_names  # noqa: E402
 
@@ -44,6 +44,7 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build/docs", "docs/_templates", "demo", "examples", "tests", "vitlib"]
 extensions = [
+    "accessible_html",  # beside this file
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
