@@ -89,7 +89,7 @@ $(CENSUS)/.installed: constraints.txt
 	touch $@
 
 DOCS := .venv-docs
-docs: $(DOCS)/.installed  # the site, in build/docs; a warning is an error, and so is a dead link
+docs: $(DOCS)/.installed  # the site, in build/docs, tutorials run; a warning is an error, and so is a dead link
 	rm -rf docs/api/generated
 	OMP_NUM_THREADS=1 $(DOCS)/bin/sphinx-build -W --keep-going -n -q -E -c docs -d build/doctrees . build/docs
 	@echo 'The site: build/docs/index.html'

@@ -35,22 +35,27 @@ release = version = vitlib.__version__
 root_doc = "docs/index"
 include_patterns = [
     "docs/**",
-    "build/docs-src/**",  # pages that `make docs` writes
     "benchmarks/*.md",
     "CHANGELOG.md",
     "CODE_OF_CONDUCT.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
 ]
-exclude_patterns = [".*", "build/docs", "docs/_templates", "demo", "examples", "tests", "vitlib"]
+exclude_patterns = [".*", "build", "docs/*.py", "docs/_templates", "demo", "examples", "tests", "vitlib"]
 extensions = [
     "accessible_html",  # beside this file
-    "myst_parser",
+    "myst_nb",  # Markdown, and the tutorials, which it runs
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds of a cell
+nb_merge_streams = True
 myst_heading_anchors = 4  # anchors of headings as on GitHub
 
 html_theme = "furo"
