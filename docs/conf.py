@@ -41,7 +41,16 @@ include_patterns = [
     "CONTRIBUTING.md",
     "SECURITY.md",
 ]
-exclude_patterns = [".*", "build", "docs/*.py", "docs/_templates", "demo", "examples", "tests", "vitlib"]
+exclude_patterns = [
+    ".*",
+    "build",
+    "docs/*.py",
+    "docs/_templates",
+    "demo",
+    "examples",
+    "tests",
+    "vitlib",
+]
 extensions = [
     "accessible_html",  # beside this file
     "myst_nb",  # Markdown, and the tutorials, which it runs
