@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel census bench gpu format clean
+.PHONY: demo test test-hub test-cuda test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel census bench gpu docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -88,6 +88,18 @@ $(CENSUS)/.installed: constraints.txt
 	$(CENSUS)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0 open_clip_torch==3.3.0
 	touch $@
 
+DOCS := .venv-docs
+docs: $(DOCS)/.installed  # the site, in build/docs, tutorials run; a warning is an error, and so is a dead link
+	rm -rf docs/api/generated
+	OMP_NUM_THREADS=1 $(DOCS)/bin/sphinx-build -W --keep-going -n -q -E -c docs -d build/doctrees . build/docs
+	@echo 'The site: build/docs/index.html'
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -104,4 +116,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CENSUS) $(ECOSYSTEM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CENSUS) $(ECOSYSTEM) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

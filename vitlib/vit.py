@@ -87,6 +87,9 @@ class ViT(ResearchMethods, TimmMethods):
 
         Args:
             images: Normalised pixels, (B, C, H, W).
+
+        Returns:
+            Logits, (B, num_classes), or vectors, (B, num_features).
         """
         return self.forward_head(self._encode(images, self.count_queries()))
 
@@ -108,6 +111,9 @@ class ViT(ResearchMethods, TimmMethods):
         Args:
             tokens: Output of `forward_features`, (B, T, D).
             pre_logits: Return the vector that the head reads, as `embed`: timm's argument.
+
+        Returns:
+            Logits, (B, num_classes), or vectors, (B, num_features).
         """
         if self.head_dist is not None and not pre_logits:  # the mean of both, 2012.12877, sec. 4
             return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2
@@ -121,7 +127,7 @@ class ViT(ResearchMethods, TimmMethods):
             images: Normalised pixels, (B, C, H, W).
 
         Returns:
-            The pooled vector, not normalised: (B, D), 2D for pool="cls+mean", or num_features.
+            The pooled vector, not normalised, (B, D), 2D for pool="cls+mean", or num_features.
         """
         x: Tensor = self.projection(self.pool(self._encode(images, self.count_queries())))
         return x
@@ -159,6 +165,9 @@ class ViT(ResearchMethods, TimmMethods):
 
         Args:
             images: Normalised pixels, (B, C, H, W).
+
+        Returns:
+            The output of the pooler, (B, pooler_dim), from -1 to 1.
 
         Raises:
             ConfigError: The checkpoint has no pooler.
@@ -256,7 +265,11 @@ class ViT(ResearchMethods, TimmMethods):
         return self.attn_position.per_block(grid, images.device, count)
 
     def count_queries(self) -> int | None:
-        """Count the leading tokens that the head reads, Q; None where it reads patches too."""
+        """Count the leading tokens that the head reads, Q; None where it reads patches too.
+
+        Returns:
+            Q, or None.
+        """
         cfg, heads = self.config, 1 + self.config.outputs.dist_head
         counts = {**LEADING_TOKENS, "cls": heads, "prefix": cfg.num_prefix_tokens}
         return None if self.compute_all_tokens else counts.get(cfg.pool)
@@ -285,6 +298,9 @@ class ViT(ResearchMethods, TimmMethods):
 
         Args:
             images: Pixels, (B, C, H, W).
+
+        Returns:
+            Rows and columns of patches, h and w.
         """
         return self.patch_embed.patch_grid(images)
 
@@ -320,7 +336,11 @@ class ViT(ResearchMethods, TimmMethods):
         return Linear(cfg.embed_dim, cfg.outputs.pooler_dim).requires_grad_(cfg.pool == "pooler")
 
     def extra_repr(self) -> str:
-        """Describe the config for repr(): every field that is not the default, without labels."""
+        """Describe the config for repr(): every field that is not the default, without labels.
+
+        Returns:
+            The fields as text, which torch prints in the parentheses of `repr(model)`.
+        """
         return describe_config(self.config)
 
     @property

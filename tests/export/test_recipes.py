@@ -124,7 +124,7 @@ def test_triton_config_fits_the_file(deit_tiny: Path, tmp_path: Path) -> None:
                                  reason="needs pip install 'tritonclient[grpc]'")  # fmt: skip
     from google.protobuf import text_format
 
-    config = text_format.Parse(get_block("Triton", "pbtxt"), schema.ModelConfig())
+    config = text_format.Parse(get_block("Triton", "protobuf"), schema.ModelConfig())
     export_model(str(deit_tiny), tmp_path, "onnx", ExportSettings())
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (pixels,), (logits,) = session.get_inputs(), session.get_outputs()

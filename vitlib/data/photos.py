@@ -85,9 +85,9 @@ class LabelledPhotos:
         """Convert the labels to the targets of a loss.
 
         Returns:
-            Class numbers (N,), int64. Of a multi-label set (N, C), float32: 1 where the photo has
-            the class, 0 where it does not, NaN where that is unknown. Of a regression the values,
-            (N, C) float32.
+            Class numbers (N,), int64. Of a multi-label set (N, C), float32, which is 1 where the
+            photo has the class, 0 where it does not, NaN where that is unknown. Of a regression the
+            values, (N, C) float32.
 
         Raises:
             DataError: for a label that is not a class, and where (N, C) does not fit in memory.

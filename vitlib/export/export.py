@@ -126,7 +126,11 @@ class ExportReport:
         return all(comparison.equal for comparison in self.comparisons)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields, as JSON's types."""
+        """Return the fields, as JSON's types.
+
+        Returns:
+            Names and values of the fields, paths as text.
+        """
         return {
             "verdict": "equal" if self.ok else "differs",
             "file": self.path.name,

@@ -162,7 +162,7 @@ class FastViT(nn.Module):
         images: Tensor,  # noqa: ARG002
         layers: int | Sequence[int] | None = None,  # noqa: ARG002
         rows: Literal["all", "prefix"] = "all",  # noqa: ARG002
-    ) -> list[Tensor]:
+    ) -> NoReturn:
         """Refuse attention maps, which fused kernels do not compute.
 
         Args:

@@ -83,7 +83,7 @@ def optimize(
             some ten seconds at the first batch of each size.
 
     Returns:
-        The optimized model. It holds copies: the model may be trained or changed afterwards.
+        The optimized model. It holds copies, so that the model may be changed afterwards.
 
     Raises:
         ConfigError: An argument is not valid, or the device cannot compute the precision.

@@ -58,6 +58,9 @@ class EmbeddingCache:
 
         Args:
             data: The bytes of its file.
+
+        Returns:
+            Its digest, and its vector if the store has it.
         """
         digest = hash_photo(data)
         vector = self.stored.find([digest])[0]

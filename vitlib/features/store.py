@@ -133,7 +133,11 @@ class FeatureStore:
         self._delete_oldest()
 
     def size(self) -> int:
-        """Count the bytes of all parts."""
+        """Count the bytes of all parts.
+
+        Returns:
+            The bytes on the disk.
+        """
         return sum(size for _, size, _ in self._stat_parts())
 
     def _write_part(self, key: FeatureKey, names: npt.NDArray[np.bytes_], vectors: Floats) -> None:

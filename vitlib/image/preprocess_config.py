@@ -235,7 +235,11 @@ class PreprocessConfig:
         return replace(self, **configs.resize_fields(self._fields(), image_size, patch_size))
 
     def with_squash(self: Config) -> Config:
-        """Return the preprocessing that squashes the whole image to its sides, without a crop."""
+        """Return the preprocessing that squashes the whole image to its sides, without a crop.
+
+        Returns:
+            A copy of this one with `fit="squash"` and no crop.
+        """
         return replace(self, **configs.squash_fields(self._fields()))
 
     def with_channels(
@@ -255,15 +259,27 @@ class PreprocessConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a preprocessor_config.json that transformers 4 and 5 read."""
+        """Return a preprocessor_config.json that transformers 4 and 5 read.
+
+        Returns:
+            The keys and values of the file.
+        """
         return configs.hf_config(self._fields())
 
     def to_timm(self) -> dict[str, Any]:
-        """Return keys of timm's `pretrained_cfg`."""
+        """Return keys of timm's `pretrained_cfg`.
+
+        Returns:
+            The keys of preprocessing alone, and their values.
+        """
         return configs.timm_config(self._fields())
 
     def to_openclip(self) -> dict[str, Any]:
-        """Return open_clip's `preprocess_cfg`."""
+        """Return open_clip's `preprocess_cfg`.
+
+        Returns:
+            Its keys and values.
+        """
         return configs.openclip_config(self._fields())
 
     def unsupported_fields(self, layout: str) -> list[str]:

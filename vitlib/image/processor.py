@@ -104,7 +104,11 @@ class ImageProcessor(PreprocessConfig):
         return replace(self, draft=margin)
 
     def describe(self) -> str:
-        """Return the steps in one line."""
+        """Return the steps in one line.
+
+        Returns:
+            The steps in their order, such as "resize to 28x28 (bilinear); times 0.00392157".
+        """
         draft = "" if self.draft is None else f"JPEG drafts of {self.draft:g} times the size; "
         return draft + super().describe()
 
@@ -179,7 +183,7 @@ class ImageProcessor(PreprocessConfig):
             warn: As for to_float().
 
         Returns:
-            (C, H, W): uint8 if normalisation is all that is left to do, else as to_float().
+            Pixels, (C, H, W), uint8 if normalisation is all that is left to do, else as to_float().
 
         Raises:
             ImageError: As to_float().

@@ -140,8 +140,8 @@ class ResearchMethods(nn.Module):
             tokens: False gives logits alone. The last block then computes only what the head reads.
 
         Returns:
-            What the model gives for each image by itself, to rounding: logits, tokens, lengths and
-            grids.
+            Logits, tokens, lengths and grids, as the model gives them for each image by itself, to
+            rounding.
 
         Raises:
             ConfigError: The model runs its blocks in a way of its own.

@@ -77,6 +77,9 @@ class TimmMethods(nn.Module):
             images: Normalised pixels, (B, C, H, W).
             chosen: Indices of the blocks.
             norm: Apply the final norm to the tokens.
+
+        Returns:
+            The tokens of each block, (B, T, D), in the order of the blocks.
         """
         model = cast("ViT", self)
         norm = norm and model.config.final_norm != "none"
@@ -176,6 +179,9 @@ class TimmMethods(nn.Module):
         """Return the names of matrices that weight decay leaves out: tokens, positions, tables.
 
         Biases, norms and LayerScale have one axis and are left out by it.
+
+        Returns:
+            Names of parameters, as in `named_parameters()`.
         """
         from vitlib.param_groups import has_weight_decay
 
@@ -216,7 +222,11 @@ class TimmMethods(nn.Module):
         cast("ViT", self).gradient_checkpointing = enable
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        """Return the head; both heads of a distilled model."""
+        """Return the head; both heads of a distilled model.
+
+        Returns:
+            The head, or a pair, those of the class token and of the distillation token.
+        """
         model = cast("ViT", self)
         return model.head if model.head_dist is None else (model.head, model.head_dist)
 

@@ -52,12 +52,13 @@ from vitlib.metrics.sklearn_backend import (
 from vitlib.metrics.tables import accuracy_table, confusion_matrix
 from vitlib.scores import Task
 
-# The metric that chooses the best epoch, and those of which less is better.
+#: The metric of each task that chooses the best epoch.
 PRIMARY: dict[Task, str] = {
     "single_label_classification": "accuracy",
     "multi_label_classification": "iou",
     "regression": "root_mean_squared_error",
 }
+#: The metrics of which less is better.
 LOWER = ("loss", "log_loss", "mean_absolute_error", "root_mean_squared_error")
 
 

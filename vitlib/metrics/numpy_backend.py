@@ -34,7 +34,7 @@ class Reliability(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The expected calibration error, 0..1: Guo et al. 1706.04599, equation 3."""
+        """The expected calibration error (Guo et al. 1706.04599, equation 3), 0..1."""
         gap = np.nan_to_num(np.abs(self.accuracy - self.confidence))
         return float((self.counts * gap).sum() / max(self.counts.sum(), 1))
 

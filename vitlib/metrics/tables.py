@@ -63,8 +63,8 @@ def confusion_matrix(
         threshold: with several labels, the least score of a predicted class; one number or (C,).
 
     Returns:
-        With one label (C, C): a row a true class, a column a predicted class. With several
-        (C, 2, 2): [[TN, FP], [FN, TP]] of each class over the photos labelled for it.
+        With one label (C, C), a row a true class, a column a predicted class. With several
+        (C, 2, 2), [[TN, FP], [FN, TP]] of each class over the photos labelled for it.
 
     Raises:
         ConfigError: as `quick` does.

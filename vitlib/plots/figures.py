@@ -35,6 +35,7 @@ from vitlib.system.atomic import check_writable, open_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: The suffixes of files that a figure can be written to.
 FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 

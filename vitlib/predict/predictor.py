@@ -187,7 +187,7 @@ class Predictor:
 
     @property
     def task(self) -> Task:
-        """The head's task: single-label or multi-label classification, or regression."""
+        """The head's task, which is single-label or multi-label classification, or regression."""
         return task_of(optimized_model.current_config(self.model))
 
     @property
@@ -287,8 +287,8 @@ class Predictor:
             progress: As in classify().
 
         Returns:
-            (N, D) with D = model.num_features: twice embed_dim for pool "cls+mean", the width of
-            the projection for CLIP.
+            Vectors, (N, D) with D = model.num_features. D is twice embed_dim for pool "cls+mean",
+            the width of the projection for CLIP.
 
         Raises:
             VitlibError: As in classify().

@@ -267,7 +267,7 @@ def _describe_extras(requirements: list[Requirement]) -> dict[str, str]:
     """Describe each extra: installed, or what it lacks and the command."""
     extras: dict[str, list[Requirement]] = {}
     for requirement in requirements:
-        if requirement.extra and requirement.extra != "dev":
+        if requirement.extra and requirement.extra not in ("dev", "docs"):
             extras.setdefault(requirement.extra, []).append(requirement)
     described = {}
     for name, parts in sorted(extras.items()):

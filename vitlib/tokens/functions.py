@@ -104,6 +104,9 @@ class Drop:
         Args:
             depth: Number of blocks of the model.
 
+        Returns:
+            Indices from 0, without negative ones.
+
         Raises:
             ConfigError: A block is not there.
         """

@@ -42,12 +42,20 @@ class ReducedTokens:
     num_prefix_tokens: int
 
     def unmerge(self) -> Tensor:
-        """Give each patch the token that it is in, (B, h, w, D); zeros where it was dropped."""
+        """Give each patch the token that it is in, (B, h, w, D); zeros where it was dropped.
+
+        Returns:
+            Tokens of the patches on their grid, (B, h, w, D).
+        """
         patches = self.all_tokens()[:, self.num_prefix_tokens :]
         return patches.reshape(len(patches), *self.grid, patches.shape[2])
 
     def all_tokens(self) -> Tensor:
-        """Give each original token the one that it is in, (B, T, D); zeros where it was dropped."""
+        """Give each original token the one that it is in, (B, T, D); zeros where it was dropped.
+
+        Returns:
+            Tokens of the original grid, prefix tokens first, (B, T, D).
+        """
         index = self.map[:, :, None]
         rows = self.tokens.gather(1, index.clamp(min=0).expand(-1, -1, self.tokens.shape[2]))
         return torch.where(index < 0, 0.0, rows)
@@ -57,6 +65,9 @@ class ReducedViT(ViT):
     """A ViT with token functions; `ViT.with_tokens` makes it.
 
     Its `forward_features` gives the tokens that are left, `forward_tokens` where each patch is.
+
+    Args:
+        config: The config, as for ViT.
     """
 
     token_functions: tuple[tuple[TokenFunction, ...], ...]  # of each block
@@ -121,6 +132,9 @@ class ReducedViT(ViT):
         Args:
             read: Full names of the points to read.
             edits: Edits by the full name of a point.
+
+        Returns:
+            Points that also record where each token went.
         """
         return ReductionPoints(read, edits, self.token_functions, self.num_prefix_tokens)
 
@@ -145,6 +159,9 @@ class ReducedViT(ViT):
             x: Tokens, (B, U, D).
             at: The points of their forward.
             images: Pixels, (B, C, H, W).
+
+        Returns:
+            The tokens with the map, sizes and grid of this forward.
         """
         state = at.current_state(x)
         return ReducedTokens(
@@ -160,7 +177,7 @@ class ReducedViT(ViT):
             norm: Apply the final norm to the tokens.
 
         Returns:
-            Tokens (B, T, D): every patch has the one that it is in, or zeros where it was dropped.
+            Tokens (B, T, D). Every patch has the one that it is in, or zeros where it was dropped.
         """
         norm, outputs = norm and self.config.final_norm != "none", list[Tensor]()
         states = self.iter_states(images, max(chosen, default=-1) + 1)
@@ -217,7 +234,11 @@ class ReducedViT(ViT):
         )
 
     def extra_repr(self) -> str:
-        """Describe the config and the token functions for repr()."""
+        """Describe the config and the token functions for repr().
+
+        Returns:
+            The fields and functions as text.
+        """
         functions = {repr(function) for many in self.token_functions for function in many}
         return f"{super().extra_repr()}, tokens={', '.join(sorted(functions))}"
 

@@ -97,7 +97,11 @@ class TrainConfig:
             raise ConfigError("lora_targets is empty: expected some of q, k, v, out, fc1, fc2")
 
     def list_unused(self) -> list[str]:
-        """Return one line for each setting that another setting leaves without effect."""
+        """Return one line for each setting that another setting leaves without effect.
+
+        Returns:
+            The lines, each with both settings and their values.
+        """
         defaults = {item.name: item.default for part in PARTS.values() for item in fields(part)}
         return [
             f"{name}={shown(self.value(name))} does nothing with {by}={self.value(by)}"
@@ -118,7 +122,11 @@ class TrainConfig:
         return getattr(getattr(self, setting_parts()[name]), name)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return {part: {setting: value}} for a file, tuples as lists."""
+        """Return {part: {setting: value}} for a file, tuples as lists.
+
+        Returns:
+            Every setting, by part.
+        """
 
         def listify(value: Any) -> Any:
             return [listify(v) for v in value] if isinstance(value, tuple) else value

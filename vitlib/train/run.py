@@ -84,7 +84,11 @@ class Finetuned:
     counts: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result as JSON has it, without `first`."""
+        """Return the result as JSON has it, without `first`.
+
+        Returns:
+            Names and values of the fields, paths as text.
+        """
         values = {k: v for k, v in vars(self).items() if k != "first"}
         values["evaluations"] = [asdict(evaluation) for evaluation in self.evaluations]
         return {**values, "out": str(self.out), "left_out": [list(x) for x in self.left_out]}

@@ -41,7 +41,11 @@ class VendoredFiles:
     lines: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the paths as text, for JSON."""
+        """Return the paths as text, for JSON.
+
+        Returns:
+            Names and values of the fields.
+        """
         paths = {name: str(getattr(self, name)) for name in ("source", "weights", "test")}
         return {**paths, "lines": self.lines}
 
