@@ -151,8 +151,8 @@ def _raw_mode(image: Image.Image) -> tuple[str, str]:
     tiles = getattr(image, "tile", None)  # only images of files have tiles
     if not tiles:
         return "", ""
-    codec, _, _, args = tiles[0]  # Pillow 10 has no names for these
-    return str(args if isinstance(args, str) else args[0] if args else ""), codec
+    args = tiles[0].args
+    return str(args if isinstance(args, str) else args[0] if args else ""), tiles[0].codec_name
 
 
 def _combine_bytes(loaded: Image.Image, again: Image.Image, raw_mode: str) -> Samples:
@@ -214,15 +214,15 @@ def _restore_dtype(samples: Samples, image: Any) -> Samples:
 
 def _decode_pixmap(image: Any, codec: str) -> DecodedImage | None:
     """Decode a PGM or PPM deeper than 8 bits, which Pillow would rescale; None for others."""
-    _, _, offset, args = image.tile[0]
-    maxval = args[1] if isinstance(args, tuple) else 65535 if image.mode == "I" else 255
+    tile = image.tile[0]
+    maxval = tile.args[1] if isinstance(tile.args, tuple) else 65535 if image.mode == "I" else 255
     if maxval <= 255:
         return None
     bands = 1 if image.mode == "I" else 3
     count = image.width * image.height * bands
     if isinstance(image.fp, LimitedFile):
         image.fp.decode(image.format, image.width * image.height)
-    image.fp.seek(offset)
+    image.fp.seek(tile.offset)
     if codec == "ppm_plain":
         samples: Samples = numbers(image.fp.read(), count)
     else:

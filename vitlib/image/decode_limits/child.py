@@ -97,9 +97,8 @@ def set_raw_mode(image: Any, raw_mode: str) -> None:
         image: Image of Pillow, not loaded; changed in place.
         raw_mode: Raw mode of Pillow's decoders.
     """
-    # By position: a tile of Pillow 10 is a plain tuple of codec, box, offset and arguments.
     image.tile = [
-        (*tile[:3], raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:]))
+        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:]))
         for tile in image.tile
     ]
 
