@@ -44,7 +44,7 @@ def _ask_git(root: Path) -> str:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
         environment["GIT_CEILING_DIRECTORIES"] = str(root.parent)
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=True, timeout=20
+            command, env=environment, capture_output=True, encoding="utf-8", check=True, timeout=20
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
