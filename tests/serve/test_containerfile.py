@@ -1,4 +1,4 @@
-"""Test the steps of examples/serve/Containerfile against what they use; make test-wheel runs them."""
+"""Test the steps of examples/serve/Containerfile; `make test-wheel` also runs them."""
 
 from __future__ import annotations
 
