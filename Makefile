@@ -5,8 +5,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
+# Tests without a target of their own.
+SELECTION := not hub and not cuda and not onnx and not export and not ecosystem and not processes and not browser and not ray and not tutorials and not wheel
 
-.PHONY: demo test test-hub test-cuda test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel census bench gpu docs format clean
+.PHONY: demo test test-hub test-cuda test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel test-torch test-python test-lowest census bench gpu docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -16,7 +18,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not export and not ecosystem and not processes and not browser and not ray and not tutorials and not wheel"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "$(SELECTION)"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
@@ -76,6 +78,21 @@ test-tutorials: $(VENV)/.installed-dev  # runs docs/tutorials/*.py end to end, t
 test-wheel: $(VENV)/.installed-dev  # the built wheel in environments of its own, without the checkout
 	$(BIN)/pytest -m wheel
 
+SUPPORT := .venv-support
+test-torch: $(SUPPORT)/.installed  # VERSION=2.6.0: the tests on that torch; counts go to docs/support.md
+	$(SUPPORT)/bin/python -m support.run torch "$(VERSION)" --select "$(SELECTION)"
+
+test-python: $(SUPPORT)/.installed  # PYTHON_VERSION=3.13: the tests on that Python, from PATH or by uv
+	$(SUPPORT)/bin/python -m support.run python "$(PYTHON_VERSION)" --select "$(SELECTION)"
+
+test-lowest: $(SUPPORT)/.installed  # the oldest Python and the oldest version of each dependency
+	$(SUPPORT)/bin/python -m support.run lowest --select "$(SELECTION)"
+
+$(SUPPORT)/.installed: constraints.txt
+	$(PYTHON) -m venv $(SUPPORT)
+	$(SUPPORT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	touch $@
+
 CENSUS := .venv-census
 census: $(CENSUS)/.installed  # every plain ViT of three libraries, about 40 minutes; goes on after a kill
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(CENSUS)/bin/python -m census.run
@@ -116,4 +133,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CENSUS) $(ECOSYSTEM) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

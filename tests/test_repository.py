@@ -36,9 +36,33 @@ def test_workflows_may_read_alone_and_end(path: Any) -> None:
         assert job["timeout-minutes"] <= 120, name
 
 
+def test_one_job_alone_may_publish_and_only_a_release() -> None:
+    """It uses no secret and runs no code of the repository: it has files that others built."""
+    for path in WORKFLOWS:
+        jobs = load(path)["jobs"]
+        privileged = {name for name, job in jobs.items() if "permissions" in job}
+        assert privileged == ({"publish"} if path.name == "wheels.yml" else set()), path.name
+        assert "secrets." not in path.read_text(encoding="utf-8")
+    publish = load(ROOT / ".github/workflows/wheels.yml")["jobs"]["publish"]
+    assert publish["if"] == "github.event_name == 'release'"
+    assert {*publish["needs"]} == {"build", "test", "install"}
+    assert not [step for step in publish["steps"] if "run" in step or "checkout" in step["uses"]]
+    assert publish["permissions"] == {
+        "contents": "read",
+        "id-token": "write",
+        "attestations": "write",
+    }
+
+
+def test_code_of_conduct_says_where_to_report() -> None:
+    text = (ROOT / "CODE_OF_CONDUCT.md").read_text(encoding="utf-8")
+    assert "(SECURITY.md)" in text
+    assert "(CODE_OF_CONDUCT.md)" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
 def test_workflow_selects_the_tests_of_make_test() -> None:
     """The selection is written in the Makefile, and here for systems without make."""
-    (selection,) = re.findall(r'pytest -n 2 .*-m "(.*)"', (ROOT / "Makefile").read_text())
+    (selection,) = re.findall(r"^SELECTION := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     jobs = load(ROOT / ".github/workflows/tests.yml")["jobs"]
     runs = [
         step.get("run", "") for name in ("newest", "oldest-torch") for step in jobs[name]["steps"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -32,6 +33,8 @@ from vitlib.image.configs.fields import CLIP_STATS, HALF_STATS, IMAGENET_STATS
 
 TIMM = FIXTURES / "timm"
 SHAPES = [(37, 50), (61, 40), (9, 70), (30, 12)]
+# Pillow 13 runs the two passes of some resizes in another order. Its sums, and those of Pillow 12.
+BEFORE_PILLOW_13 = {2788146576: 561809501, 4024366326: 3216497528, 3793016193: 1579898999}
 
 
 def photo(height: int, width: int) -> Image.Image:
@@ -122,6 +125,8 @@ def test_timm_configs(rule: dict[str, Any], expected: list[int]) -> None:
 )
 def test_openclip_configs(rule: dict[str, Any], expected: list[int]) -> None:
     processor = ImageProcessor.from_openclip({"preprocess_cfg": rule})
+    if int(PIL.__version__.split(".")[0]) < 13:
+        expected = [BEFORE_PILLOW_13.get(value, value) for value in expected]
     assert sums(processor) == expected
     assert ImageProcessor.from_openclip({"preprocess_cfg": processor.to_openclip()}) == processor
     assert processor.unsupported_fields("openclip") == []

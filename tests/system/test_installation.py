@@ -87,8 +87,8 @@ def test_whole_installation_has_no_problem(run_cli: Run) -> None:
         ({"torch": "2.1.0"}, "torch 2.1.0 is installed, 2.6 or later is needed: "
                              "pip install 'torch>=2.6'"),
         ({"torch": None}, "torch is not installed: pip install 'torch>=2.6'"),
-        ({"pillow": "9.0"}, "pillow 9.0 is installed, 10.1 or later is needed: "
-                            "pip install 'pillow>=10.1'"),
+        ({"pillow": "9.0"}, "pillow 9.0 is installed, 11.3 or later is needed: "
+                            "pip install 'pillow>=11.3'"),
         ({"numpy": None}, "numpy is not installed: pip install 'numpy>=1.26'"),
     ],
 )  # fmt: skip

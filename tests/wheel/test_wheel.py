@@ -47,14 +47,18 @@ def make_venv(folder: Path, *packages: object) -> Path:
     return python
 
 
+def head_commit() -> str:
+    """The commit of the checkout."""
+    return run(["git", "rev-parse", "HEAD"], ROOT).strip()
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the wheel and the source archive, built from what git tracks."""
+    """The folder of the wheel and the source archive, built from a clone."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
-    source.mkdir()
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True)
-    subprocess.run(["tar", "-x", "-C", source], input=archive.stdout, check=True)
+    run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, source], folder)
+    run(["git", "checkout", "--quiet", head_commit()], source)
     python = make_venv(folder / "build-venv", "build", "twine")
     run([python, "-m", "build", "--outdir", folder / "dist", source], folder)
     run([python, "-m", "twine", "check", "--strict", *(folder / "dist").iterdir()], folder)
@@ -76,7 +80,8 @@ def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         ["git", "ls-files", "vitlib"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")
     info = f"vitlib-{vitlib.__version__}.dist-info/"
-    assert {name for name in names if not name.startswith(info)} == {*tracked} - {""}
+    expected = ({*tracked} - {""}) | {"vitlib/commit.txt"}
+    assert {name for name in names if not name.startswith(info)} == expected
     assert {"vitlib/py.typed", "vitlib/assets/demo/model.safetensors"} <= {*names}
     assert info + "licenses/LICENSE" in names
 
@@ -90,6 +95,21 @@ def test_source_archive_builds_without_git(built: Path, tmp_path: Path) -> None:
     (again,) = tmp_path.glob("*.whl")
     (wheel,) = built.glob("*.whl")
     assert zipfile.ZipFile(again).namelist() == zipfile.ZipFile(wheel).namelist()
+    commit = zipfile.ZipFile(again).read("vitlib/commit.txt").decode().strip()
+    assert commit == head_commit()[:12]
+
+
+def test_archive_of_another_repository_states_no_commit(built: Path, tmp_path: Path) -> None:
+    """Sources without git and without what the build wrote: an archive of a web page."""
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.glob("vitlib-*")
+    (source / "vitlib" / "commit.txt").unlink()
+    python = make_venv(tmp_path / "venv", "build")
+    run([python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, source], tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "vitlib/commit.txt" not in zipfile.ZipFile(wheel).namelist()
 
 
 def test_readme_prints_what_it_shows_from_the_wheel(installed: Path, tmp_path: Path) -> None:
@@ -104,12 +124,41 @@ def test_readme_prints_what_it_shows_from_the_wheel(installed: Path, tmp_path: P
 
 def test_command_line_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     vitlib_command = installed.with_name("vitlib")
-    assert vitlib.__version__ in run([vitlib_command, "--version"], tmp_path)
+    version = f"vitlib, version {vitlib.__version__} (commit {head_commit()[:12]})\n"
+    assert run([vitlib_command, "--version"], tmp_path) == version
     assert "vitlib can work here." in run([vitlib_command, "doctor"], tmp_path)
     sample = next(installed.parents[1].rglob("assets/demo/samples/shirt.png"))
     assert "shirt" in run([vitlib_command, "classify", "-m", "demo", sample], tmp_path)
-    completion = run([vitlib_command], tmp_path, _VITLIB_COMPLETE="bash_source")
-    assert "vitlib" in completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_installs(installed: Path, tmp_path: Path, shell: str) -> None:
+    """The line of docs/command-line.md: the script is valid, and completes verbs and options."""
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert f"_VITLIB_COMPLETE={shell}_source vitlib" in page
+    vitlib_command = installed.with_name("vitlib")
+    script = tmp_path / "completion"
+    script.write_text(run([vitlib_command], tmp_path, _VITLIB_COMPLETE=f"{shell}_source"))
+    assert "_VITLIB_COMPLETE" in script.read_text()
+    if shell == "bash":
+        run(["bash", "-n", script], tmp_path)
+    words = {"COMP_WORDS": "vitlib clas", "COMP_CWORD": "1" if shell != "fish" else "clas"}
+    completed = run([vitlib_command], tmp_path, _VITLIB_COMPLETE=f"{shell}_complete", **words)
+    assert "classify" in completed
+    assert "Traceback" not in completed
+
+
+def test_pipx_runs_the_wheel(built: Path, tmp_path: Path) -> None:
+    """As `pipx run vitlib`: an environment of its own for one command, which then works alone."""
+    (wheel,) = built.glob("*.whl")
+    python = make_venv(tmp_path / "pipx-venv", "pipx")
+    folders = {"PIPX_HOME": str(tmp_path / "pipx"), "PIPX_BIN_DIR": str(tmp_path / "bin")}
+    constraints = f"--constraint={ROOT / 'constraints.txt'}"
+    command = [python, "-m", "pipx", "install", "--quiet", f"--pip-args={constraints}", wheel]
+    run([*command, "--preinstall", "torch"], tmp_path, **folders)
+    sample = ROOT / "vitlib/assets/demo/samples/shirt.png"
+    out = run([tmp_path / "bin" / "vitlib", "classify", "-m", "demo", sample], tmp_path)
+    assert "shirt" in out
 
 
 def test_verbs_name_the_extra_that_they_lack(installed: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import vitlib
-from vitlib.cli.printing import fail, flush_output, interrupt_advice, print_help
+from vitlib.cli.printing import echo, fail, flush_output, interrupt_advice, print_help
 from vitlib.cli.verb import SHOWS_ALL, output_options
 from vitlib.errors import VitlibError
 from vitlib.system.cores import respect_quota
@@ -158,13 +158,26 @@ def help_command(ctx: click.Context, verb: str | None) -> None:
         print_help(command.get_help(inner))
 
 
+def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Print the version, and the commit where it is known, and exit."""
+    if asked and not ctx.resilient_parsing:
+        from vitlib.system.commit import read_commit
+
+        commit = read_commit()
+        echo(f"vitlib, version {vitlib.__version__}{f' (commit {commit})' * bool(commit)}")
+        ctx.exit()
+
+
 @click.group(
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"]},
     subcommand_metavar="VERB [ARGS]...",
     params=output_options(),
 )
-@click.version_option(vitlib.__version__, "-V", "--version", prog_name="vitlib")
+@click.option(
+    "-V", "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version,
+    help="Show the version and exit.",
+)  # fmt: skip
 def vitlib_command() -> None:
     """Vision Transformers: exact, readable, fast.
 

@@ -30,6 +30,18 @@ WIDTH, DPI = 6.0, 100  # inches and dots per inch: 600 pixels, which a web page 
 Box = tuple[float, float, float, float]  # top, left, bottom, right, in pixels
 
 
+def require_matplotlib() -> None:
+    """Check that matplotlib can be imported, and import it.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("pictures need matplotlib: pip install 'vitlib[plot]'") from error
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Create a figure that is drawn without a display.
 
@@ -43,10 +55,9 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from vitlib.plots.notebook import NotebookFigure
-    except ImportError as error:
-        raise ConfigError("pictures need matplotlib: pip install 'vitlib[plot]'") from error
+    require_matplotlib()
+    from vitlib.plots.notebook import NotebookFigure
+
     return NotebookFigure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
@@ -242,7 +253,11 @@ def colorize(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
     Returns:
         Red, green, blue and opacity, (..., 4), each 0..1.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
     """
+    require_matplotlib()
     from matplotlib import colormaps
 
     return np.asarray(colormaps["viridis"](values), np.float64)

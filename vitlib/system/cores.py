@@ -35,7 +35,7 @@ def read_quota() -> float | None:
     """Return the cores that the control group's quota is worth; None where there is no limit."""
     for paths in _QUOTAS:
         try:
-            words = " ".join(Path(path).read_text() for path in paths).split()
+            words = " ".join(Path(path).read_text(encoding="ascii") for path in paths).split()
             limit, period = float(words[0]), float(words[1])  # "max" is no number: no limit
         except (OSError, ValueError, IndexError):
             continue

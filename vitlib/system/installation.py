@@ -19,6 +19,7 @@ from typing import Any
 
 from vitlib import MIN_TORCH
 from vitlib.errors import InstallationError, first_line
+from vitlib.system.commit import read_commit
 
 PACKAGE = "vitlib"
 # Modules of packages that have another name; other modules have that of their package.
@@ -197,7 +198,8 @@ def examine() -> Installation:
     problems = [f"{r.problem}: {r.command}" for r in core if r.problem]
     if not requirements:
         problems.append(f"{PACKAGE} runs without being installed: pip install .")
-    versions = {PACKAGE: installed_version(PACKAGE), "Python": platform.python_version()}
+    versions = {PACKAGE: installed_version(PACKAGE), "commit": read_commit() or "unknown"}
+    versions["Python"] = platform.python_version()
     versions |= {r.name: r.installed or "absent" for r in core}
     machine = {"system": platform.platform(), "processor": platform.machine()}
     notes: list[str] = []
