@@ -39,6 +39,8 @@ def make_table(rows: list[Row]) -> str:
     Returns:
         Markdown.
     """
+    if not rows:
+        return "No run of the whole suite is recorded yet.\n"
     lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
     for row in rows:
         versions = row["versions"]

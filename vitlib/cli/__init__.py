@@ -158,9 +158,9 @@ def help_command(ctx: click.Context, verb: str | None) -> None:
         print_help(command.get_help(inner))
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+def _print_version(ctx: click.Context, _: click.Parameter, is_set: bool) -> None:
     """Print the version, and the commit where it is known, and exit."""
-    if asked and not ctx.resilient_parsing:
+    if is_set and not ctx.resilient_parsing:
         from vitlib.system.commit import read_commit
 
         commit = read_commit()
