@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
@@ -75,6 +76,8 @@ html_copy_source = False
 templates_path = [str(ROOT / "docs/_templates")]  # autosummary looks below the source folder
 
 autosummary_generate = True
+# For the list of methods at the head of a class's page: what torch and Python give is left out.
+autosummary_context = {"foreign": {*dir(torch.nn.Module), *dir(tuple), *dir(Exception)}}
 autodoc_typehints = "description"
 autoclass_content = "both"
 autodoc_preserve_defaults = True

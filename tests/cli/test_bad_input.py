@@ -108,6 +108,7 @@ def test_bad_model_is_one_line_and_exit_1(
     [
         ("./gone", "'./gone' is not there: expected a folder, a weights file or a hub id"),
         ("nobody/no-such-model", "is no folder or file here and not in the cache"),
+        ("vit_tiny_patch16_224", "check the name (an id is OWNER/NAME, such as timm/NAME.TAG)"),
         ("a/b/c", "is not there"),
     ],
 )

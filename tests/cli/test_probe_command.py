@@ -61,6 +61,17 @@ def test_probe_prints_the_table_and_saves_a_classifier(
     assert status == 0
 
 
+def test_probe_names_the_model_of_each_choice(
+    run_cli: Run, model: Path, data: Path, tmp_path: Path
+) -> None:
+    other = save_tiny(tmp_path / "other", seed=1)
+    status, out, _ = run_cli("probe", data, "-m", model, "-m", other, *FAST, "-o", tmp_path / "out")
+    assert status == 0
+    lines = [line for line in out.splitlines() if " chosen" in line][1:]
+    assert [line.rpartition(", ")[2] for line in lines[:2]] == [str(model), str(other)]
+    assert lines[2].startswith("model chosen, too")
+
+
 def test_probe_prints_json(run_cli: Run, model: Path, tmp_path: Path) -> None:
     data = draw_several(tmp_path / "several")
     status, stdout, _ = run_cli(

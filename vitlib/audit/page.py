@@ -49,7 +49,8 @@ SECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "label_suspects": (
         "Doubtful labels",
-        "Labels that photos of other folds and the nearest photos contradict, the worst first.",
+        "Labels that photos of other folds and the nearest photos contradict, the worst first. The "
+        "number above counts those that are confident.",
         (
             "filename", "label", "suggested", "probability", "suggested_probability",
             "neighbour_share", "margin", "confident",

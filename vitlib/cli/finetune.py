@@ -194,7 +194,8 @@ def finetune(
     """Train a classifier of labelled photos; OUT becomes a checkpoint with their labels.
 
     Without settings the photos choose them: by their number, classes and labels. What was chosen
-    and why is a line on stderr. With --regression the model predicts numbers instead of classes.
+    and why is a line on stderr. One such as --epochs turns this off: the rest are the defaults
+    below. With --regression the model predicts numbers instead of classes.
 
     DATA is a folder with a folder per class or labels.csv, a .csv or a .jsonl. The model is a hub
     id, folder or file; its head is replaced. OUT is a Hugging Face checkpoint with its card, its

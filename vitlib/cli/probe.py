@@ -280,7 +280,8 @@ def _print(report: ProbeReport) -> None:
     for choice in report.selected:
         span = f"{choice.interval[0]:.3f} to {choice.interval[1]:.3f}"
         name = "layer and pool chosen" if choice.model else "model chosen, too"
-        rows.append((name, f"{report.primary} {choice.value:.4f} ({span})"))
+        of = f", {choice.model}" if several and choice.model else ""
+        rows.append((name, f"{report.primary} {choice.value:.4f} ({span}){of}"))
     if report.best is not None:
         probe = report.best
         saved = f" in {probe.folder}" if probe.folder is not None else ""

@@ -50,7 +50,7 @@ def open_image_file(image: str | os.PathLike[str] | bytes | bytearray, name: str
         except (OSError, ValueError) as error:
             raise ImageError(f"{name} is not there: expected an image file") from error
         if not path.is_file():
-            raise ImageError(f"{name} is a folder or device: expected an image file")
+            raise ImageError(f"{name} is a folder or device: expected an image file, or a list")
     if empty:
         raise ImageError(f"{name} is empty: expected {', '.join(FORMATS)}")
     try:

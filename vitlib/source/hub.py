@@ -64,8 +64,8 @@ class HubRepo:
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise SourceError(
-                f"{self.name!r} is no folder or file here and not on the hub: check the name, or "
-                "pass token= for a private one"
+                f"{self.name!r} is no folder or file here and not on the hub: check the name"
+                f"{self._name_form()}, or pass token= for a private one"
             ) from error
         except errors.RevisionNotFoundError as error:
             revision = self.options["revision"]
@@ -87,9 +87,13 @@ class HubRepo:
             reason, remedy = "the hub cannot be reached", "check the network"
         return (
             f"{self.name!r} is no folder or file here and not in the cache {cache}, and {reason}: "
-            f"check the name, {remedy}, or take the model demo (--model demo), which needs no "
-            "network"
+            f"check the name{self._name_form()}, {remedy}, or take the model demo (--model demo), "
+            "which needs no network"
         )
+
+    def _name_form(self) -> str:
+        """Say how an id looks, where the name is none, such as an architecture of timm."""
+        return "" if "/" in self.name else " (an id is OWNER/NAME, such as timm/NAME.TAG)"
 
     def _is_cached(self, name: str) -> bool:
         from huggingface_hub import errors, hf_hub_download
