@@ -68,7 +68,7 @@ class _Derived:
         num_features: Width of the vector that the head reads.
     """
 
-    # Without slots: the compiler of torch 2.6 reads those of the class itself alone.
+    __slots__ = DERIVED
     grid_size: tuple[int, int]
     num_prefix_tokens: int
     head_dim: int

@@ -284,7 +284,7 @@ class RelativePositionBias(AttentionPosition):
             Bias of the scores, (1, H, T, T).
         """
         # torch's ONNX exporter does not decompose fused attention whose bias has a gradient.
-        if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
             table = table.detach()
         return self.resize_table(table, grid)[index].permute(2, 0, 1)[None]
 

@@ -33,7 +33,7 @@ from vitlib.export.onnx_file import append_metadata, check_onnx, write_onnx
 from vitlib.export.openvino_file import append_rt_info, check_openvino, write_openvino
 from vitlib.export.precision import check_precision, lower_precision
 from vitlib.export.prepare import ExportSettings, PreparedModel, open_model, prepare
-from vitlib.export.pt2_file import append_extra_file, check_pt2, write_pt2
+from vitlib.export.pt2_file import append_extra_file, write_pt2
 from vitlib.export.verification import Comparison, verify_file
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
@@ -80,7 +80,7 @@ def _get_writer(file_format: str) -> FileWriter:
     if file_format == "onnx":
         return FileWriter(check_onnx, write_onnx, append_metadata)
     if file_format == "pt2":
-        return FileWriter(check_pt2, write_pt2, append_extra_file)
+        return FileWriter(lambda: None, write_pt2, append_extra_file)  # torch alone
     if file_format == "openvino":
         return FileWriter(check_openvino, write_openvino, append_rt_info)
     if file_format == "mlflow":

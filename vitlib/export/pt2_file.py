@@ -14,22 +14,6 @@ from vitlib.export.prepare import PreparedModel
 from vitlib.predict.exported_info import KEY
 
 
-def check_pt2() -> None:
-    """Check that torch writes archives whose metadata can be added to.
-
-    Raises:
-        ConfigError: This torch is older than the format of the archive.
-    """
-    try:
-        from torch.export import pt2_archive
-    except ImportError as error:
-        raise ConfigError(
-            f"pt2 files need torch 2.8 or later, and this is {torch.__version__}: "
-            "pip install -U torch"
-        ) from error
-    del pt2_archive
-
-
 def write_pt2(prepared: PreparedModel, folder: Path) -> Path:
     """Write a model as a program of torch.export.
 

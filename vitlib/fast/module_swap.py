@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -47,14 +48,12 @@ CONTAINER_TYPES = (ViT, PatchEmbed, Block, Attention, MLP, SwiGLU, nn.ModuleList
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # (path, stock module) -> its fast counterpart, or None to look at the children instead.
 Convert = Callable[[str, nn.Module], "nn.Module | None"]
-# Hooks of every module. torch's own function that asks for them is newer than the oldest torch.
-_GLOBAL_HOOKS = ("_global_backward_pre_hooks", "_global_backward_hooks",
-                 "_global_forward_hooks", "_global_forward_pre_hooks")  # fmt: skip
+_untyped_module: Any = torch_module  # its functions have no annotations
 
 
 def has_global_hooks() -> bool:
     """Return True if a hook is registered for every module of the process."""
-    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
+    return bool(_untyped_module._has_any_global_hook())
 
 
 def is_stock(

@@ -131,39 +131,35 @@ class _Float32:
         self.lock = threading.Lock()
         self.num_users = 0
         self.saved: list[Any] = []
-        self.settings: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, "allow_tf32")]
-        matmul = getattr(torch.backends.mkldnn, "matmul", None)
-        if matmul is not None:
-            # torch 2.9 and later have this setting on both backends, and refuse a mix of the two.
-            both = matmul, torch.backends.cuda.matmul
-            self.settings = [(backend, "fp32_precision") for backend in both]
+        mkldnn: Any = torch.backends.mkldnn
+        # The older settings of the same, such as allow_tf32, cannot be mixed with these.
+        self.backends: tuple[Any, ...] = mkldnn.matmul, torch.backends.cuda.matmul
 
     def __enter__(self) -> None:
         with self.lock:
             self.num_users += 1
             if self.num_users == 1:
-                self.saved = [getattr(backend, name) for backend, name in self.settings]
-                for (backend, name), value in zip(self.settings, self.saved, strict=True):
+                self.saved = [backend.fp32_precision for backend in self.backends]
+                for backend, value in zip(self.backends, self.saved, strict=True):
                     if value in _ROUNDED:
-                        setattr(backend, name, "ieee" if name == "fp32_precision" else False)
+                        backend.fp32_precision = "ieee"
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.num_users -= 1
             if self.num_users:
                 return
-            for (backend, name), value in zip(self.settings, self.saved, strict=True):
+            for backend, value in zip(self.backends, self.saved, strict=True):
                 if value not in _ROUNDED:
                     continue
-                if value is not True:
-                    # "none" inherits from the parent setting. An explicit value is only set where
-                    # that is not the same: else the caller's later changes would not reach it.
-                    setattr(backend, name, "none")
-                if getattr(backend, name) != value:
-                    setattr(backend, name, value)
+                # "none" inherits from the parent setting. An explicit value is only set where that
+                # is not the same: else the caller's later changes would not reach it.
+                backend.fp32_precision = "none"
+                if backend.fp32_precision != value:
+                    backend.fp32_precision = value
 
 
-_ROUNDED = ("bf16", "tf32", True)
+_ROUNDED = ("bf16", "tf32")
 _float32 = _Float32()
 
 

@@ -25,7 +25,10 @@ PURE_CALLS = {
     "Norms", "Pooling", "Biases", "math.isqrt", "self.count_queries", "counts.get",
 }  # fmt: skip
 # Questions about how a forward runs, which have one answer in a file that runs by itself.
-FALSE_CALLS = {"is_tracing", "torch.compiler.is_compiling", "torch.onnx.is_in_onnx_export"}
+FALSE_CALLS = {
+    "is_tracing", "torch.compiler.is_compiling", "torch.compiler.is_exporting",
+    "torch.onnx.is_in_onnx_export",
+}  # fmt: skip
 EVALUATED = (
     ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp,
     ast.IfExp, ast.Tuple, ast.Subscript, ast.Call, ast.keyword, ast.expr_context, ast.operator,
