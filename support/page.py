@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def read_rows(path: Path = RESULTS) -> list[Row]:
 
 
 def make_table(rows: list[Row]) -> str:
-    """Write the runs as a table, with the failed tests and the reasons of skips below it.
+    """Write the runs as a table; below it, failed tests by file and the reasons of skips.
 
     Args:
         rows: the runs.
@@ -49,11 +50,26 @@ def make_table(rows: list[Row]) -> str:
         cells += [row["date"], f"`{row['commit']}`", row["passed"], row["failed"], row["skipped"]]
         cells.append(round(row["seconds"] / 60))
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    failed = [f"- {row['suite']}: `{name}`" for row in rows for name in row["failures"]]
+    failed = [
+        f"- {row['suite']}: {count_by_file(row['failures'])}" for row in rows if row["failed"]
+    ]
     reasons = sorted({reason for row in rows for reason in row["skips"]})
     lines += ["", "Failed:", "", *failed] if failed else ["", "No test failed in these runs."]
     lines += ["", "Reasons of the skips:", "", *(f"- {reason}" for reason in reasons)]
     return "\n".join(lines) + "\n"
+
+
+def count_by_file(names: list[str]) -> str:
+    """Count failed tests by their files, the most first.
+
+    Args:
+        names: names of tests, such as tests.fast.test_linears::test_one.
+
+    Returns:
+        Text such as "`tests.fast.test_linears` 3".
+    """
+    counts = Counter(name.split("::")[0] for name in names)
+    return ", ".join(f"`{file}` {count}" for file, count in counts.most_common())
 
 
 def fill(page: str, table: str) -> str:

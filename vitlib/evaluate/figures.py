@@ -64,7 +64,8 @@ def draw_confusion(
     support = matrix.sum(axis=1, keepdims=True)
     shares = np.ma.masked_invalid(matrix / np.where(support, support, np.nan))
     axes.set_facecolor(palette.empty)
-    colours = LinearSegmentedColormap.from_list("shares", palette.shares)
+    # A list: matplotlib 3.8 takes a tuple of two for a colour and its opacity.
+    colours = LinearSegmentedColormap.from_list("shares", list(palette.shares))
     image = axes.imshow(shares, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
     bar = figure.colorbar(
         image, ax=axes, location="bottom", shrink=0.8, aspect=30, label="share of the true class"
