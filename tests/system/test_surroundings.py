@@ -145,8 +145,8 @@ def test_another_user_with_a_read_only_package(folder: Path, tmp_path: Path) -> 
         path.chmod(path.stat().st_mode & ~0o222)
     if os.geteuid() == 0:  # root's files, in a folder of the other user
         os.chown(folder, NO_ONE, NO_ONE)
-        parents = [p for p in folder.parents if p.name.startswith("pytest-")]
-        for path in parents:  # pytest's own folders are closed to others
+        # The folders of pytest, and of its workers (popen-gw0), are closed to others.
+        for path in [p for p in folder.parents if p.name.startswith(("pytest-", "popen-"))]:
             path.chmod(0o755)
     before = sorted(package.rglob("*"))
     statuses, out, err = run_lines(
