@@ -19,9 +19,8 @@ import torch
 
 from vitlib.errors import ConfigError, DataError
 from vitlib.metrics import per_photo
-from vitlib.probe.solver import SMALL, Solver
+from vitlib.probe.solver import Solver, choose_threads
 from vitlib.scores import sigmoid, softmax
-from vitlib.system.torch_state import num_threads
 
 Array = npt.NDArray[Any]
 PENALTIES = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # C: smaller ones are stronger
@@ -275,7 +274,7 @@ def choose_c(features: Array, targets: Array, num_classes: int, seed: int = 0) -
             columns.append(grade_columns(targets[rows], scores, fitter.multi_label))
         return Grade(*np.nanmean(np.concatenate(columns), axis=0).tolist())
 
-    with num_threads(1 if features.size * num_classes < SMALL else None):
+    with choose_threads(features.size * num_classes):
         return PENALTIES[search_path(grade)[0]]
 
 

@@ -27,8 +27,7 @@ from vitlib.probe.logistic_head import (
     search_path,
 )
 from vitlib.probe.neighbours import COUNTS, search, usable_counts, vote
-from vitlib.probe.solver import SMALL, one_blas_thread
-from vitlib.system.torch_state import num_threads
+from vitlib.probe.solver import choose_threads
 
 Array = npt.NDArray[Any]
 METHODS = ("knn", "logistic", "linear")
@@ -140,8 +139,7 @@ def measure_feature(features: npt.NDArray[np.float32], task: Task) -> dict[str, 
         "logistic": LogisticChooser(features, task).choose,
         "linear": lambda r: _choose_rate(features, task, r),
     }
-    is_small = features.size * len(task.labels) < SMALL
-    with one_blas_thread(), num_threads(1 if is_small else None):
+    with choose_threads(features.size * len(task.labels)):
         results = [_measure(name, choosers[name], task) for name in task.methods]
         few = [
             _measure_few(features, task, name, per_class)

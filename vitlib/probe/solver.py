@@ -48,12 +48,25 @@ def one_blas_thread() -> Iterator[None]:
             library.set_num_threads(count)
 
 
+@contextmanager
+def choose_threads(multiplications: int) -> Iterator[None]:
+    """Fit in a block with the threads that pay: torch's, or one where products are small.
+
+    Args:
+        multiplications: Those of one product of the features and the weights.
+    """
+    with one_blas_thread(), num_threads(1 if multiplications < SMALL else None):
+        yield
+
+
 @functools.cache
 def _find_openblas() -> tuple[Any, ...]:
     """Find the OpenBLAS of numpy and of scipy, but not the one that torch itself may use."""
-    import_sklearn_metrics()  # says which extra is missing, and loads scipy's library
-    from threadpoolctl import ThreadpoolController  # which scikit-learn brings
-
+    try:
+        import scipy.optimize  # noqa: F401  # loads its library, which is then found
+        from threadpoolctl import ThreadpoolController  # which scikit-learn brings
+    except ImportError:  # neighbours and linear heads need neither
+        return ()
     return tuple(
         library
         for library in ThreadpoolController().lib_controllers
@@ -141,7 +154,7 @@ class Solver:
             "gtol": 1e-8 if is_exact else 1e-5, "ftol": 1e-13 if is_exact else 1e-7,
         }  # fmt: skip
         # The mean and not the sum of the losses: the tolerances then fit any number of photos.
-        with one_blas_thread(), num_threads(1 if self.rotated.numel() * k < SMALL else None):
+        with choose_threads(self.rotated.numel() * k):
             result = minimize(objective, start, method="L-BFGS-B", jac=True, options=options)
         values = torch.from_numpy(result.x).to(self.dtype)
         weight, bias = values[:-k].reshape(k, -1) * scale, values[-k:] * bias_scale
