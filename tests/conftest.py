@@ -9,8 +9,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,23 @@ def run_cli(
         return status, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from fixtures.browser import start_chromium
+
+    with start_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def demo_server() -> Iterator[Any]:
+    """A server of the demo model with the limits that `vitlib serve` has by itself."""
+    from fixtures.server import Server
+
+    with Server() as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,6 @@ from fixtures.browser import (
     check_on_paper,
     check_on_screen,
     find_violations,
-    start_chromium,
     walk_by_tab,
 )
 from fixtures.server import SAMPLES, Server
@@ -58,18 +57,6 @@ FAULTS = {
     ),
 }
 PAGE = '<!doctype html><html lang="en"><head><title>a</title></head><body><main>{}</main></body>'
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with start_chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
 
 
 @pytest.fixture(scope="module", params=REPORTS)
@@ -206,9 +193,9 @@ def fill(page: Any, folder: Path) -> None:
 @pytest.mark.parametrize("width", [1000, 320])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_served_pages_have_no_violation(
-    open_page: Callable[..., Any], server: Server, tmp_path: Path, scheme: str, width: int
+    open_page: Callable[..., Any], demo_server: Server, tmp_path: Path, scheme: str, width: int
 ) -> None:
-    home = "http://{}:{}/".format(*server.address)
+    home = "http://{}:{}/".format(*demo_server.address)
     page = open_page(home, width, color_scheme=scheme)
     check_on_screen(page)
     fill(page, tmp_path)
@@ -218,9 +205,9 @@ def test_served_pages_have_no_violation(
 
 
 def test_served_pages_print_whole_on_light_paper(
-    open_page: Callable[..., Any], server: Server, tmp_path: Path
+    open_page: Callable[..., Any], demo_server: Server, tmp_path: Path
 ) -> None:
-    home = "http://{}:{}/".format(*server.address)
+    home = "http://{}:{}/".format(*demo_server.address)
     page = open_page(home, color_scheme="dark")
     fill(page, tmp_path)
     check_on_paper(page, "dark")
@@ -230,9 +217,9 @@ def test_served_pages_print_whole_on_light_paper(
 
 
 def test_served_page_is_used_by_keyboard(
-    open_page: Callable[..., Any], server: Server, tmp_path: Path
+    open_page: Callable[..., Any], demo_server: Server, tmp_path: Path
 ) -> None:
-    page = open_page("http://{}:{}/".format(*server.address))
+    page = open_page("http://{}:{}/".format(*demo_server.address))
     fill(page, tmp_path)
     names = walk_by_tab(page)
     assert len(names) == page.evaluate(FOCUSABLE) == 6  # photos, key, two buttons and two maps
@@ -247,17 +234,19 @@ def test_served_page_is_used_by_keyboard(
     assert page.evaluate("document.activeElement.className") == "method"
 
 
-def test_docs_of_server_are_used_by_keyboard(open_page: Callable[..., Any], server: Server) -> None:
-    page = open_page("http://{}:{}/docs".format(*server.address), width=320)
+def test_docs_of_server_are_used_by_keyboard(
+    open_page: Callable[..., Any], demo_server: Server
+) -> None:
+    page = open_page("http://{}:{}/docs".format(*demo_server.address), width=320)
     names = walk_by_tab(page)
     assert len(names) == page.evaluate(FOCUSABLE)
     assert sum(name.startswith("PRE") for name in names) == page.locator("pre").count() > 0
 
 
 def test_errors_and_answers_of_served_page_are_announced(
-    open_page: Callable[..., Any], server: Server, tmp_path: Path
+    open_page: Callable[..., Any], demo_server: Server, tmp_path: Path
 ) -> None:
-    page = open_page("http://{}:{}/".format(*server.address))
+    page = open_page("http://{}:{}/".format(*demo_server.address))
     fill(page, tmp_path)
     assert page.get_by_role("alert").text_content().startswith("an image of")
     assert page.get_by_role("status").text_content() == "3 photos answered."
@@ -267,9 +256,9 @@ def test_errors_and_answers_of_served_page_are_announced(
 
 
 def test_served_pages_do_not_move(
-    open_page: Callable[..., Any], server: Server, tmp_path: Path
+    open_page: Callable[..., Any], demo_server: Server, tmp_path: Path
 ) -> None:
-    page = open_page("http://{}:{}/".format(*server.address), reduced_motion="reduce")
+    page = open_page("http://{}:{}/".format(*demo_server.address), reduced_motion="reduce")
     fill(page, tmp_path)
     assert page.evaluate(MOVING) == []
 

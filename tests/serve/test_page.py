@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fixtures.browser import start_chromium
 from fixtures.server import SAMPLES, Server
 
 pytestmark = pytest.mark.browser
@@ -37,25 +36,13 @@ DISPATCH = """async ([kind, name, base64]) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with start_chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with Server() as running:
-        yield running
-
-
 @pytest.fixture
-def open_page(chromium: Any, server: Server) -> Iterator[Callable[..., Any]]:
+def open_page(chromium: Any, demo_server: Server) -> Iterator[Callable[..., Any]]:
     """Open the page; at the end check that the console has no error and no request went outside."""
     errors: list[str] = []
     urls: list[str] = []
     contexts = []
-    home = "http://{}:{}/".format(*server.address)
+    home = "http://{}:{}/".format(*demo_server.address)
 
     def open_new(**look: Any) -> Any:
         contexts.append(chromium.new_context(**look))
