@@ -79,7 +79,7 @@ test-wheel: $(VENV)/.installed-dev  # the built wheel in environments of its own
 	$(BIN)/pytest -m wheel
 
 SUPPORT := .venv-support
-test-torch: $(SUPPORT)/.installed  # VERSION=2.9.0: the tests on that torch; counts go to docs/support.md
+test-torch: $(SUPPORT)/.installed  # VERSION=2.10.0: the tests on that torch; counts go to docs/support.md
 	$(SUPPORT)/bin/python -m support.run torch "$(VERSION)" --select "$(SELECTION)"
 
 test-python: $(SUPPORT)/.installed  # PYTHON_VERSION=3.13: the tests on that Python, from PATH or by uv

@@ -1,12 +1,12 @@
 """Run the tests in an environment of its own, and write their counts to docs/support.jsonl.
 
-    python -m support.run torch 2.9.0     a version of torch, everything else as pinned
+    python -m support.run torch 2.10.0     a version of torch, everything else as pinned
     python -m support.run python 3.13     a version of Python, everything else as pinned
     python -m support.run lowest          the oldest Python and the oldest of every dependency
     python -m support.run pinned          the environment of `make test`
 
-`make test-torch VERSION=2.9.0` and its like run this. uv makes the environments, such as
-.venv-torch-2.9.0, because pip cannot choose the oldest versions. uv finds Python on PATH or
+`make test-torch VERSION=2.10.0` and its like run this. uv makes the environments, such as
+.venv-torch-2.10.0, because pip cannot choose the oldest versions. uv finds Python on PATH or
 downloads it. Where torch's own index can be reached, UV_TORCH_BACKEND=cpu takes no CUDA.
 """
 

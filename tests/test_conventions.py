@@ -191,7 +191,11 @@ def test_few_modules_are_loaded() -> None:
     touched = loaded_by("import vitlib\nfor name in vitlib.__all__: getattr(vitlib, name)")
     more = touched - with_torch
     print(len(more), "modules more than torch:", *sorted(more))
-    assert len(more) <= 120
+    own = {name for name in more if name.partition(".")[0] == "vitlib"}
+    # How many files Pillow and Python have depends on their versions: 16 of Pillow's in 13.0.
+    others = {name.partition(".")[0] for name in more - own} - sys.stdlib_module_names
+    assert others <= {"PIL"}
+    assert len(own) <= 120 - 16
     never = {"transformers", "torchvision", "timm", "matplotlib", "fastapi", "ray", "sklearn"}
     assert not never & {name.split(".")[0] for name in touched}
     alone = loaded_by("import vitlib")

@@ -102,7 +102,7 @@ def test_ensemble_by_vmap() -> None:
         assert torch.allclose(logits, model(images), atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 def test_forward_derivatives_need_the_math_backend() -> None:
     model, images, step = tiny("vit").double(), pixels(2).double(), torch.ones(2, 3, 32, 32)
     with sdpa_kernel(SDPBackend.MATH):

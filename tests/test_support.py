@@ -93,7 +93,7 @@ def test_wrong_use_makes_no_environment(
 @pytest.mark.parametrize(
     ("target", "command"),
     [
-        (("test-torch", "VERSION=2.9.0"), 'support.run torch "2.9.0"'),
+        (("test-torch", "VERSION=2.10.0"), 'support.run torch "2.10.0"'),
         (("test-python", "PYTHON_VERSION=3.13"), 'support.run python "3.13"'),
         (("test-lowest",), "support.run lowest"),
     ],

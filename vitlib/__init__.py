@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from vitlib.weights import load
 
 __version__ = "0.1.0"
-MIN_TORCH = "2.9"  # pyproject.toml has the same; a test compares them
+MIN_TORCH = "2.10"  # pyproject.toml has the same; a test compares them
 __all__ = [
     "ImageProcessor",
     "Prediction",

@@ -182,7 +182,8 @@ def test_an_image_size_that_could_be_the_learned_one_is_asked_about(tmp_path: Pa
     (path.parent / "vitlib.json").write_text(json.dumps({"image_size": [4, 16]}))
     with torch.inference_mode():
         read = vitlib.load(path, num_heads=2, image_size=(4, 16))
-        assert torch.equal(read(images), build((1, 4))(images))
+        # The order of the sums may depend on where the weights lie.
+        assert torch.allclose(read(images), build((1, 4))(images), atol=1e-6)
 
 
 def test_registers_that_may_have_positions_are_asked_about(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fixtures.reference_towers import save_tower
 TINY = 2e-6
 
 
+ABSENT = object()  # value of a key that a config does not have
 CONTRADICTIONS = [
     ("beit", "use_mean_pooling", False, "beit.pooler.layernorm.weight"),
     ("beit base", "use_mean_pooling", False, "pooler.layernorm.weight"),
@@ -38,14 +39,14 @@ CONTRADICTIONS = [
 
 
 def change(folder: Path, key: str, value: object) -> object:
-    """Change a key of the ViT's own config or else of the whole; return its value before."""
+    """Change or remove a key of the ViT's own config or else of the whole; return what it was."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     part = config if key in config else config.get("vision_config", config)
-    before = part.get(key)
-    path.write_text(json.dumps(config | {key: value}))
-    if part is not config:
-        path.write_text(json.dumps({**config, "vision_config": {**part, key: value}}))
+    before = part.pop(key, ABSENT)
+    if value is not ABSENT:
+        part[key] = value
+    path.write_text(json.dumps(config))
     return before
 
 

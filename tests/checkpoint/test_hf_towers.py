@@ -25,6 +25,8 @@ WHOLE_PATCHES = ("nemotron_h_omni",)  # its class takes images of whole patches 
 
 @pytest.mark.parametrize("name", language_towers.TOWERS)
 def test_tower_equals_transformers(name: str, tmp_path: Path) -> None:
+    if name == "granite_docling_vision":
+        references.skip_unless_known(name)
     part = language_towers.TOWERS[name]
     reference = reference_towers.build(part)
     reference.save_pretrained(tmp_path)
@@ -192,5 +194,5 @@ def test_pixio_pools_its_class_tokens(tmp_path: Path) -> None:
 
 def test_refused_types_are_those_of_transformers() -> None:
     """A name that transformers does not have, or that vitlib reads, would be a mistake here."""
-    assert REFUSED.keys() <= CONFIG_MAPPING_NAMES.keys()
+    assert not references.IS_NEWEST or REFUSED.keys() <= CONFIG_MAPPING_NAMES.keys()
     assert not REFUSED.keys() & (list_types().keys() | list_containers().keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,10 @@ def test_photos_are_searched_in_images_folder(tmp_path: Path) -> None:
         ("a.png,can\nb.png,carton\n".encode("utf-16"), r"line 1 is not UTF-8"),
         (
             "a.png,can\nb.png,ca\0n\n",
-            r"line 2: the label 'ca\\x00n' has characters that are not tex",
+            # The csv module of Python 3.10 takes no NUL.
+            r"line 2: the label 'ca\\x00n' has characters that are not tex"
+            if sys.version_info >= (3, 11)
+            else r"line 2 is not CSV \(line contains NUL\): expected text",
         ),
         (f"a.png,can\nb.png,{'x' * 1001}\n", r"line 2: a label of 1001 characters: expected 1 to"),
         (f"a.png,can\nb.png,{'x' * 140_000}\n", r"line 2 is not CSV \(field larger than field"),

@@ -225,7 +225,7 @@ def test_calibration_is_the_same_in_every_command(
         table = list(csv.DictReader(file))
     expected = [set(json.loads(row["predicted"])) for row in table]
     scores = [[float(row[f"score:{label}"]) for label in LABELS] for row in table]
-    assert sum(map(len, expected)) == 6
+    assert 6 <= sum(map(len, expected)) < 12  # equal scores all reach their median
 
     predictions = vit.classify(photos)
     assert [{p.label for p in row or ()} for row in predictions] == expected

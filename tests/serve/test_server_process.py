@@ -168,8 +168,9 @@ def test_serve_rejects_bad_options(options: list[Any], status: int, words: str) 
     code, output = run_serve("--port", 0, *arguments)
     assert (code, words in output) == (status, True), output
     assert "Traceback" not in output
-    if code == 1:
-        assert output.count("\n") == 1
+    if code == 1:  # one line, after that of a slow machine which waits
+        lines = [line for line in output.splitlines() if not line.startswith("asking the hub")]
+        assert len(lines) == 1, output
 
 
 def test_serve_rejects_empty_key_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vitlib.system.garbage import pause_collection
+from vitlib.system.garbage import MAX_IMMORTAL, pause_collection
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_pause_collects_nothing_and_makes_objects_old() -> None:
         assert not gc.isenabled()
         objects = [[index] for index in range(50_000)]
     assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < MAX_IMMORTAL
     assert collections() == before
     assert gc.get_count()[0] < 50_000
     assert len(objects) == 50_000
@@ -48,7 +48,7 @@ def test_pause_leaves_garbage_to_later_collections() -> None:
         cycle = []
         cycle.append(cycle)
         del cycle
-    assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() > MAX_IMMORTAL
     assert gc.collect() == 0
 
 
@@ -72,7 +72,7 @@ def test_public_names_are_loaded_without_a_collection() -> None:
         "before = [g['collections'] for g in gc.get_stats()]\n"
         "vitlib.Predictor\n"
         "after = [g['collections'] for g in gc.get_stats()]\n"
-        "assert gc.isenabled() and gc.get_freeze_count() == 0\n"
+        f"assert gc.isenabled() and gc.get_freeze_count() < {MAX_IMMORTAL}\n"
         "print(after[1] - before[1], after[2] - before[2])\n"
     )
     process = subprocess.run(

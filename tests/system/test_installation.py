@@ -85,9 +85,9 @@ def test_whole_installation_has_no_problem(run_cli: Run) -> None:
 @pytest.mark.parametrize(
     ("versions", "problem"),
     [
-        ({"torch": "2.1.0"}, "torch 2.1.0 is installed, 2.9 or later is needed: "
-                             "pip install 'torch>=2.9'"),
-        ({"torch": None}, "torch is not installed: pip install 'torch>=2.9'"),
+        ({"torch": "2.1.0"}, "torch 2.1.0 is installed, 2.10 or later is needed: "
+                             "pip install 'torch>=2.10'"),
+        ({"torch": None}, "torch is not installed: pip install 'torch>=2.10'"),
         ({"pillow": "9.0"}, "pillow 9.0 is installed, 11.3 or later is needed: "
                             "pip install 'pillow>=11.3'"),
         ({"numpy": None}, "numpy is not installed: pip install 'numpy>=1.26'"),
@@ -118,7 +118,7 @@ def test_verbs_refuse_an_old_torch(
     pretend(monkeypatch, torch="1.13.1")
     code, _, err = run_cli(*arguments)
     assert code == 1
-    assert err.startswith("vitlib: error: torch 1.13.1 is installed, 2.9 or later is needed")
+    assert err.startswith("vitlib: error: torch 1.13.1 is installed, 2.10 or later is needed")
     assert run_cli(arguments[0], "--help")[0] == 0
 
 

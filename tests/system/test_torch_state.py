@@ -28,7 +28,6 @@ from vitlib import ImageProcessor, Predictor, explain
 from vitlib.cli import main
 from vitlib.fast import onednn_ops
 from vitlib.fast.cpu import kernel_plan
-from vitlib.system.torch_state import default_device
 
 RULE = ImageProcessor(size=(32, 32), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 FLOAT_RULE = ImageProcessor(
@@ -120,7 +119,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def state() -> list[Any]:
     """Global settings of the caller."""
     return [
-        default_device(),
+        torch.get_default_device(),
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
@@ -307,15 +306,3 @@ def test_float32_is_exact_while_it_computes(
     finally:
         torch.backends.fp32_precision = "none"
     assert records == [["ieee", "ieee"]] * 2
-
-
-def test_default_device_that_was_reset_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.9 raises an AttributeError after set_default_device(None)."""
-
-    def fail() -> torch.device:
-        raise AttributeError("'NoneType' object has no attribute 'device'")
-
-    monkeypatch.setattr(torch, "get_default_device", fail)
-    assert default_device() == torch.device("cpu")
-    model = vitlib.load("demo")
-    assert vitlib.optimize(model)(torch.zeros(1, 3, 28, 28)).shape == (1, 10)

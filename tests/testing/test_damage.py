@@ -53,7 +53,10 @@ def test_every_possible_damage_changes_logits(family: str) -> None:
     before, state = model(images).detach(), copy.deepcopy(model.state_dict())
     config = model.config
     broken = dict(vitlib.testing.damage(model, images))
-    assert broken.keys() == possible(config)
+    assert broken.keys() <= possible(config)
+    # The two forms of GELU differ by up to 5e-4, so that it depends on the weights, which each
+    # torch draws in its own way, whether the logits show them.
+    assert possible(config) - broken.keys() <= {"other GELU"}
     for name, damaged in broken.items():
         assert relative_distance(damaged(images), before) > 5e-5, name
     # The model itself is as it was.

@@ -328,6 +328,7 @@ def test_optimized_and_compiled_models_are_compared(model: vitlib.ViT, images: T
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_traced_models_are_compared(model: vitlib.ViT, images: Tensor) -> None:
     traced = torch.jit.trace(build_timm(model), images, check_trace=False)
     assert_same(traced, model, images)

@@ -136,7 +136,8 @@ class CsvRows:
             cells = next(iter_csv_rows(csv.reader([line], strict=True), MAX_CELL))
         except csv.Error as error:
             raise self._error(
-                number, f"is not CSV ({error}): expected quotes that are closed on the same line"
+                number,
+                f"is not CSV ({error}): expected text, and quotes that are closed on the same line",
             ) from error
         if columns and len(cells) != columns:
             raise self._error(

@@ -162,7 +162,8 @@ def draw_panel(
     # Whole dots: a photo whose corner lies between two dots would be blurred.
     total = [round(inches * dpi) for inches in (columns + 2 * MARGIN, head + room + below)]
     # The hundredth keeps matplotlib, which rounds down, from losing a dot.
-    figure = new_figure((total[0] + 0.01) / dpi, (total[1] + 0.01) / dpi)
+    wide, high = total[0] + 0.01, total[1] + 0.01
+    figure = new_figure(wide / dpi, high / dpi)
     figure.set_dpi(dpi)
     figure.set_layout_engine("none")
     start = (columns + 2 * MARGIN - across * (width / dpi + GAP) + GAP) / 2
@@ -172,7 +173,9 @@ def draw_panel(
         x = round((start + column * (width / dpi + GAP)) * dpi)
         top = head + row * (height / dpi + names_room + GAP) + names_room
         y = total[1] - round(top * dpi) - height
-        axes = figure.add_axes((x / total[0], y / total[1], width / total[0], height / total[1]))
+        # matplotlib rounds the size of a photo up: a bit less keeps it from gaining a dot.
+        size = (width - 0.001) / wide, (height - 0.001) / high
+        axes = figure.add_axes((x / wide, y / high, *size))
         axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
         axes.axis("off")
         axes.autoscale(enable=False)

@@ -6,6 +6,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Python 3.12 counts its own few hundred immortal objects as frozen. A program that called
+# gc.freeze() has thousands.
+MAX_IMMORTAL = 2000
+
 
 @contextmanager
 def pause_collection(*, permanent: bool = False) -> Iterator[None]:
@@ -28,7 +32,7 @@ def pause_collection(*, permanent: bool = False) -> Iterator[None]:
         # Without freeze() the collection after enable() would walk all objects of the block. After
         # freeze() and unfreeze() they are in the oldest generation, and no object was walked.
         # unfreeze() would also release what the caller froze.
-        if permanent or not gc.get_freeze_count():
+        if permanent or gc.get_freeze_count() < MAX_IMMORTAL:
             gc.freeze()
             if not permanent:
                 gc.unfreeze()

@@ -26,21 +26,13 @@ def isolate_torch_settings() -> Iterator[None]:
     The default dtype cannot be reset for one thread alone: code in the block states dtypes.
     """
     with ExitStack() as stack:
-        if default_device().type != "cpu":
+        if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for kind in _KINDS:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(_float32)
         yield
-
-
-def default_device() -> torch.device:
-    """Return the device on which torch makes tensors."""
-    try:
-        return torch.get_default_device()
-    except AttributeError:  # in torch 2.9, once set_default_device(None) has reset it
-        return torch.device("cpu")
 
 
 def float64_device(device: torch.device) -> torch.device:
