@@ -22,7 +22,8 @@ CudaKernel = Literal["cudnn", "flash", "efficient", "any"]
 # cuDNN before 9.15.1 reads out of bounds where the number of tokens is no multiple of 128
 # (pytorch#169849, #171627), as it is for nearly every ViT.
 MIN_CUDNN = 91501
-# Elements: with bias rows at other offsets the efficient kernel copies the bias at every call.
+# Elements: the efficient kernel refuses bias rows at other offsets, and torch's own attention copies
+# a bias that has them.
 BIAS_ALIGNMENT = 16
 
 
@@ -109,7 +110,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gpu: Gpu) -> Te
         q: Scaled queries (B, H, Q, K).
         k: Keys (B, H, T, K).
         v: Values (B, H, T, K).
-        bias: Bias of the scores (1, H, Q, T) in the same dtype, or None.
+        bias: Bias of the scores in the same dtype, broadcast to (B, H, Q, T), or None.
         gpu: The GPU that they lie on.
 
     Returns:
@@ -120,7 +121,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gpu: Gpu) -> Te
         sizes = q.shape[2], k.shape[2], q.shape[3]
         kernel = choose_kernel(gpu, q.dtype, *sizes, has_bias=bias is not None)
     if bias is not None:
-        bias = bias.expand(len(q), -1, -1, -1)
+        # CudaAttentionPosition has aligned its tables; a table of the user's, or a cast one, may
+        # have rows of an odd number of elements, which the efficient kernel refuses.
+        if kernel == "efficient" and any(n % BIAS_ALIGNMENT for n in bias.stride()[:-1]):
+            bias = align_bias(bias)
+        bias = bias.expand(*q.shape[:3], -1)
     return run_kernel(kernel, q, k, v, bias).transpose(1, 2).flatten(2)
 
 
