@@ -22,8 +22,8 @@ CudaKernel = Literal["cudnn", "flash", "efficient", "any"]
 # cuDNN before 9.15.1 reads out of bounds where the number of tokens is no multiple of 128
 # (pytorch#169849, #171627), as it is for nearly every ViT.
 MIN_CUDNN = 91501
-# Elements: the efficient kernel refuses bias rows at other offsets, and torch's own attention copies
-# a bias that has them.
+# Elements: the efficient kernel refuses bias rows at other offsets; torch's own attention copies a
+# bias that has them.
 BIAS_ALIGNMENT = 16
 
 
