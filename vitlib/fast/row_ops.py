@@ -279,9 +279,9 @@ def _triton_kernels(device: torch.device) -> Any:
     except ImportError:  # as on Windows
         return None
     x = torch.sin(torch.arange(2 * 64, dtype=torch.float32, device="cpu")).view(2, 64)
-    arguments = x, x, x[0].abs(), None, 1e-6, None, torch.float32
+    arguments: tuple[Any, ...] = (x, x, x[0].abs(), None, 1e-6, None, torch.float32)
     try:
-        there = (a.to(device) if isinstance(a, Tensor) else a for a in arguments)
+        there: Any = (a.to(device) if isinstance(a, Tensor) else a for a in arguments)
         _, actual, _ = row_kernels.norm_rows(*there)
         _, exact, _ = define_norm_rows(*arguments)
         if torch.allclose(actual.cpu(), exact, atol=1e-4):
