@@ -278,10 +278,12 @@ def serving_kernels(experiment: Experiment) -> dict[str, object]:
     if not experiment.on_gpu:
         return {}
     device = experiment.device
+    gpu = cuda_attention.get_gpu(device)
     return {
         "triton": row_ops._triton_kernels(device) is not None,
-        "cudnn_attention": cuda_attention.get_gpu(device).cudnn,
         "fp8_product": has_fp8(device),
+        "cudnn": gpu.cudnn,
+        "wrong_attention": sorted(gpu.wrong),
     }
 
 
