@@ -130,6 +130,15 @@ def test_rounds_alternate_direction() -> None:
     assert all(len(turn) == 1 and turn[0] >= 0 for turns in taken.values() for turn in turns)
 
 
+def test_turn_waits_for_the_device_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another GPU may be the current one, and has nothing to do."""
+    waits: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *devices: waits.append(devices))
+    second = torch.device("cuda", 1)
+    time_turns({"only": lambda: None}, 1, 0.0, second, lambda _: None)
+    assert waits == [(second,)] * 2
+
+
 def test_timings_of_turns() -> None:
     turns = {AS_LOADED: [[0.2, 0.2], [0.4]], "fp32": [[0.1], [0.1]]}
     runs_in = {AS_LOADED: "fp32", "fp32": "fp32"}

@@ -18,7 +18,8 @@ from paths import ROOT
 
 sys.path.append(str(ROOT))  # python -m adds the current folder instead
 
-from benchmarks.gpu import run, summary
+from benchmarks.gpu import hazards, run, summary
+from benchmarks.gpu.experiment import Experiment
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -225,3 +226,25 @@ def test_environment_sets_photo_and_model_folders(
     monkeypatch.setenv("VITLIB_SHARED", str(tmp_path))
     for path in (ROOT / "benchmarks" / "setting.py", ROOT / "tests" / "paths.py"):
         assert runpy.run_path(str(path))["SHARED"] == tmp_path
+
+
+def test_every_file_with_gpu_tests_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: list[Path] = []
+    monkeypatch.setattr(hazards, "run_test_file", lambda _, path: files.append(path))
+    hazards.run_tests(Experiment(tmp_path, tmp_path))
+    mark = ".".join(("pytest", "mark", "cuda"))  # in full it would be found here as well
+    assert {*files} == {p for p in (ROOT / "tests").rglob("*.py") if mark in p.read_text()}
+    assert {path.parent.name for path in files} >= {"tests", "testing"}
+
+
+def test_failures_are_found_where_pytest_was_killed() -> None:
+    lines = ["tests/test_a.py::test_b[x y] PASSED", "tests/test_a.py::test_c FAILED [ 40%]"]
+    assert hazards.find_failures(lines) == lines[1:]
+    assert hazards.find_outcome(lines) == ""
+    ended = [
+        *lines,
+        "FAILED tests/test_a.py::test_c - ValueError",
+        "== 1 failed, 1 passed in 2 s ==",
+    ]
+    assert hazards.find_failures(ended) == ended[2:3]
+    assert hazards.find_outcome(ended) == "1 failed, 1 passed in 2 s"

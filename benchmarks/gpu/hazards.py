@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -20,53 +25,68 @@ DRY_RUN_TEST = "import pytest\n\n@pytest.mark.cuda\ndef test_nothing():\n    pas
 
 
 def run_tests(experiment: Experiment) -> None:
-    """Run the tests with the mark cuda, each file in its own process.
+    """Run the tests with the mark cuda, each file in its own process, side by side.
 
     A kernel that fails can leave its process unusable; other files then still run. A dry run has a
     single file, which is written here.
     """
     files = [
         path
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if "mark.cuda" in path.read_text()
     ]
     if experiment.is_dry:
         files = [experiment.work / "test_dry.py"]
         files[0].write_text(DRY_RUN_TEST)
+    with ThreadPoolExecutor(len(files)) as pool:
+        list(pool.map(partial(run_test_file, experiment), files))
+
+
+def run_test_file(experiment: Experiment, path: Path) -> None:
+    """Run a test file, and record its outcome.
+
+    Each line of pytest goes to tests.txt at once, so that those before the end of the time remain.
+    """
     # Show warnings that only a GPU gives; they do not fail a test here.
-    options = [
-        "-m",
-        "cuda",
-        "-W",
-        "default",
-        "-q",
-        "-rA",
-        "-p",
-        "no:cacheprovider",
-        "--durations=5",
-    ]
+    options = ["-m", "cuda", "-W", "default", "-v", "-rA", "-p", "no:cacheprovider"]
+    options += ["--durations=5"]
     if experiment.is_dry:
         options += ["-c", "/dev/null", "--rootdir", str(experiment.work)]
-    for path in files:
-        with experiment.attempt("tests", file=path.name):
-            command = [sys.executable, "-m", "pytest", *options, str(path)]
-            process = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TEST_SECONDS
-            )
-            with (experiment.out / "tests.txt").open("a") as file:
-                file.write(process.stdout + process.stderr)
-            lines = process.stdout.splitlines()
-            outcome = next(
-                (line for line in reversed(lines) if re.search("passed|failed|error", line)), ""
-            )
-            failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
-            experiment.record(
-                "tests",
-                file=path.name,
-                outcome=outcome.strip("= "),
-                code=process.returncode,
-                failed=failed,
-            )
+    lines: list[str] = []
+    with experiment.attempt("tests", file=path.name):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, str(path)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        timer = threading.Timer(TEST_SECONDS, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        with (experiment.out / "tests.txt").open("a", buffering=1) as file:
+            for line in process.stdout:
+                lines.append(line.strip())
+                file.write(line)
+        timer.cancel()
+        code = process.wait()
+        outcome = find_outcome(lines) if code >= 0 else f"killed after {TEST_SECONDS} s or crashed"
+        experiment.record(
+            "tests", file=path.name, outcome=outcome, code=code, failed=find_failures(lines)
+        )
+
+
+def find_outcome(lines: Sequence[str]) -> str:
+    """Return the last line of pytest that counts tests; "" without one."""
+    counts = (line for line in reversed(lines) if re.search("passed|failed|error", line))
+    return next(counts, "").strip("= ")
+
+
+def find_failures(lines: Sequence[str]) -> list[str]:
+    """Return the failed tests of pytest's summary, or of its progress if it did not end."""
+    failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return failed or [line[:200] for line in lines if re.search(r"::.* (FAILED|ERROR)\b", line)]
 
 
 def check_hazards(experiment: Experiment) -> None:

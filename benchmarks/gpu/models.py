@@ -27,8 +27,10 @@ from benchmarks.gpu.timing import (
 )
 from vitlib import ImageProcessor, ViT
 from vitlib.bench import flops
+from vitlib.fast import cuda_attention, row_ops
 from vitlib.fast.cpu import Precision
 from vitlib.fast.cuda import CudaViT, optimize_cuda
+from vitlib.fast.fp8 import has_fp8
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "fp8")
@@ -245,7 +247,9 @@ def measure_vitlib(experiment: Experiment, precision: str) -> None:
     seconds = measure_seconds(
         experiment, lambda: fast.append(optimize_checkpoint(experiment, precision))
     )
-    experiment.record("optimize", side=side, load_and_optimize_s=round(seconds, 2))
+    experiment.record(
+        "optimize", side=side, load_and_optimize_s=round(seconds, 2), **serving_kernels(experiment)
+    )
     model = fast[0]
     measure_accuracy(experiment, side, model)
     batches = batches[:NUM_FP32_BATCHES] if precision == "fp32" else batches
@@ -267,6 +271,20 @@ def measure_vitlib(experiment: Experiment, precision: str) -> None:
         )
     runner = model.runner
     experiment.record("graphs", side=side, captured=runner.num_graphs, failed=runner.num_failures)
+
+
+def serving_kernels(experiment: Experiment) -> dict[str, object]:
+    """Return which optional kernels of this GPU serve; nothing on a CPU."""
+    if not experiment.on_gpu:
+        return {}
+    device = experiment.device
+    gpu = cuda_attention.get_gpu(device)
+    return {
+        "triton": row_ops._triton_kernels(device) is not None,
+        "fp8_product": has_fp8(device),
+        "cudnn": gpu.cudnn,
+        "wrong_attention": sorted(gpu.wrong),
+    }
 
 
 def measure_peer(experiment: Experiment, name: str) -> None:

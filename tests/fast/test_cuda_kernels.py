@@ -257,15 +257,61 @@ def test_choose_kernel_by_gpu_and_shape(
     assert choose_kernel(gpu, dtype, queries, tokens, head_dim, has_bias=has_bias) == kernel
 
 
-def test_wrong_cudnn_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+@pytest.mark.parametrize(
+    ("wrong", "dtype", "has_bias", "head_dim", "kernel"),
+    [
+        ({"cudnn"}, torch.bfloat16, False, 64, "flash"),
+        ({"cudnn", "flash"}, torch.bfloat16, False, 64, "efficient"),
+        ({"cudnn", "flash", "efficient"}, torch.bfloat16, False, 64, "math"),
+        ({"efficient"}, torch.float32, False, 64, "math"),
+        ({"efficient"}, torch.bfloat16, True, 64, "math"),
+        ({"efficient"}, torch.float32, False, 20, "math"),  # torch would pad heads, and take it
+    ],
+)
+def test_wrong_kernel_is_not_chosen(
+    wrong: Any, dtype: torch.dtype, has_bias: bool, head_dim: int, kernel: str
+) -> None:
+    gpu = HOPPER._replace(wrong=frozenset(wrong))
+    assert choose_kernel(gpu, dtype, 197, 197, head_dim, has_bias=has_bias) == kernel
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_every_kernel_that_may_serve_is_compared(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: MIN_CUDNN)
-    for agrees in (True, False):
-        monkeypatch.setattr(cuda_attention, "has_cudnn_attention", lambda _, agrees=agrees: agrees)
-        assert cuda_attention.get_gpu(GPU).cudnn == (MIN_CUDNN if agrees else 0)
+    used = {(7, 5): {"efficient"}, (8, 0): {"flash", "efficient"}}
+    expected = used.get(capability, {"cudnn", "flash", "efficient"})
+    monkeypatch.setattr(cuda_attention, "has_kernel", lambda *_: False)
+    assert cuda_attention.get_gpu(GPU).wrong == expected
+    monkeypatch.setattr(cuda_attention, "has_kernel", lambda *_: True)
+    assert cuda_attention.get_gpu(GPU) == Gpu(capability, MIN_CUDNN)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     assert cuda_attention.get_gpu(GPU).cudnn == 0
-    assert not cuda_attention.has_cudnn_attention(CPU)  # a kernel that is not there is no error
+
+
+def test_kernel_of_zeros_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the efficient kernel answers on a GPU that its build does not know (pytorch#176093)."""
+    real = cuda_attention.run_kernel
+    for kernel in ("cudnn", "flash", "efficient"):
+        # A kernel that is not there is no error; a CPU has none of them.
+        assert not cuda_attention.has_kernel.__wrapped__(CPU, kernel)
+        for factor in (0.0, 1.0):
+            monkeypatch.setattr(
+                cuda_attention, "run_kernel", lambda _, *x, f=factor: f * real("any", *x)
+            )
+            assert cuda_attention.has_kernel.__wrapped__(CPU, kernel) == bool(factor)
+        monkeypatch.setattr(cuda_attention, "run_kernel", real)
+
+
+def test_math_equals_torchs_attention() -> None:
+    q, k, v = torch.randn(3, 2, 4, 5, 20)
+    bias = torch.randn(1, 1, 5, 5).expand(2, 4, 5, 5)
+    for scale in (1.0, None):
+        actual = cuda_attention.run_kernel("math", q, k, v, bias, scale=scale)
+        exact = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+        assert distance(actual, exact) <= 1e-6
 
 
 SERVED = {
@@ -282,7 +328,6 @@ def test_chosen_attention_kernel_is_called(name: str, monkeypatch: pytest.Monkey
     mode, model = fake_mode(monkeypatch), small(**fields)
     if name == "cudnn":
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: MIN_CUDNN)
-        monkeypatch.setattr(cuda_attention, "has_cudnn_attention", lambda _: True)
     with mode, torch.no_grad():
         quick = cuda.optimize_cuda(move_to_fake_gpu(model), precision, None, GPU)  # type: ignore[arg-type]
         run = cuda.bind_method(

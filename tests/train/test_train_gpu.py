@@ -215,11 +215,16 @@ def test_attention_of_any_model_is_pinned(
         ("efficient", 64, False, "efficient"),
         ("", 64, False, "any"),
         ("flash efficient", 50, False, "any"),  # the operations themselves do not pad
+        ("flash efficient, but flash", 64, False, "efficient"),  # which fails on this GPU
+        ("flash efficient, but efficient", 64, True, "math"),
+        ("flash efficient, but efficient", 50, False, "math"),
     ],
 )
 def test_choose_for_training(
     takes: str, width: int, has_bias: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    takes, _, wrong = takes.partition(", but ")
+    monkeypatch.setattr(cuda_attention, "has_kernel", lambda _, name: name not in wrong.split())
     for name in ("flash", "efficient"):
         can: Any = lambda _, name=name: name in takes.split()  # noqa: E731
         monkeypatch.setattr(torch.backends.cuda, f"can_use_{name}_attention", can)
@@ -237,6 +242,7 @@ def test_attend_matches_torch(
 ) -> None:
     """The fused operations need a GPU, so torch's reference replaces them."""
     monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda _: True)
+    monkeypatch.setattr(cuda_attention, "has_kernel", lambda *_: True)
 
     def run_kernel(kernel: str, *qkv: Any, scale: Any, trains: bool) -> Tensor:
         assert (kernel, trains) == ("efficient", True)  # float32

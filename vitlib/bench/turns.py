@@ -128,7 +128,7 @@ def _turn(call: Call, turn_seconds: float, device: torch.device) -> list[float]:
         before = time.perf_counter()
         call()
         if device.type != "cpu":  # a call only queues kernels
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
         now = time.perf_counter()
         seconds.append(now - before)
     return seconds

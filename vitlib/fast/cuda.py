@@ -81,7 +81,9 @@ def optimize_cuda(
     if is_reduced(model):  # its forward would call methods that blocks for a GPU do not have
         logger.warning("not optimized on a GPU: a model with token functions")
         paths = ("the model itself", *unoptimized)
-        return CudaViT(model.to(device), None, precision, model_dtype, batch_size, paths, runner)
+        if next(model.parameters()).device != device:
+            model = copy.deepcopy(model).to(device)
+        return CudaViT(model, None, precision, model_dtype, batch_size, paths, runner)
     if unoptimized and model_dtype != torch.float32:  # they expect inputs of the model's dtype
         logger.warning("not optimized: %s weights, and modules that are not vitlib's", model_dtype)
         return CudaViT(model, None, precision, model_dtype, batch_size, unoptimized, runner)

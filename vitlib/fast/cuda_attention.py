@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# "any" leaves the choice to torch, which at worst multiplies without a fused kernel.
-CudaKernel = Literal["cudnn", "flash", "efficient", "any"]
+# "any" leaves the choice to torch, "math" multiplies without a fused kernel.
+CudaKernel = Literal["cudnn", "flash", "efficient", "any", "math"]
 
 # cuDNN before 9.15.1 reads out of bounds where the number of tokens is no multiple of 128
 # (pytorch#169849, #171627), as it is for nearly every ViT.
 MIN_CUDNN = 91501
-# Elements: with bias rows at other offsets the efficient kernel copies the bias at every call.
+# Elements: the efficient kernel refuses bias rows at other offsets; torch's own attention copies a
+# bias that has them.
 BIAS_ALIGNMENT = 16
 
 
@@ -31,13 +32,15 @@ class Gpu(NamedTuple):
 
     Attributes:
         capability: The compute capability, (major, minor).
-        cudnn: The version of cuDNN, 91501 for 9.15.1; 0 where it is absent or computes wrongly.
+        cudnn: The version of cuDNN, 91501 for 9.15.1; 0 where it is absent.
         is_nvidia: False for AMD's GPUs.
+        wrong: Kernels that fail on it, or compute something else.
     """
 
     capability: tuple[int, int]
     cudnn: int = 0
     is_nvidia: bool = True
+    wrong: frozenset[CudaKernel] = frozenset()
 
 
 def get_gpu(device: torch.device) -> Gpu:
@@ -55,8 +58,12 @@ def get_gpu(device: torch.device) -> Gpu:
     gpu = Gpu(
         torch.cuda.get_device_capability(device), cudnn.version() or 0, torch.version.hip is None
     )
-    would_use = choose_kernel(gpu, torch.bfloat16, 197, 197, 64, has_bias=False) == "cudnn"
-    return gpu._replace(cudnn=0) if would_use and not has_cudnn_attention(device) else gpu
+    used: tuple[CudaKernel, ...] = ("efficient",)
+    if has_bfloat16(device):
+        used = "flash", "efficient"
+    if choose_kernel(gpu, torch.bfloat16, 197, 197, 64, has_bias=False) == "cudnn":
+        used = "cudnn", *used
+    return gpu._replace(wrong=frozenset(name for name in used if not has_kernel(device, name)))
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -88,18 +95,18 @@ def choose_kernel(
         The name of the kernel, for run_kernel.
     """
     if head_dim % 8 or head_dim > 256:  # the fused kernels would need padded heads
-        return "any"
-    if dtype == torch.float32 or has_bias:  # flash takes neither
-        return "efficient"
-    if gpu.is_nvidia and gpu.capability < (8, 0):
-        return "efficient"
-    # cuDNN on Hopper alone. By published figures it gains nothing elsewhere (0.82 to 1.0 of flash
-    # on A100, L40S and RTX PRO 6000), and on a B200 it corrupts models of fewer than 8 heads
-    # (pytorch#193893).
-    hopper = gpu.is_nvidia and gpu.capability == (9, 0)
-    if hopper and gpu.cudnn >= MIN_CUDNN and queries == tokens and head_dim <= 128:
-        return "cudnn"
-    return "flash"
+        return "math" if "efficient" in gpu.wrong else "any"  # torch would pad and take it
+    # Flash takes neither float32 nor a bias, nor a GPU before Ampere.
+    kernels: tuple[CudaKernel, ...] = ("efficient",)
+    if dtype != torch.float32 and not has_bias and (not gpu.is_nvidia or gpu.capability >= (8, 0)):
+        kernels = "flash", "efficient"
+        # cuDNN on Hopper alone. By published figures it gains nothing elsewhere (0.82 to 1.0 of
+        # flash on A100, L40S and RTX PRO 6000), and on a B200 it corrupts models of fewer than 8
+        # heads (pytorch#193893).
+        hopper = gpu.is_nvidia and gpu.capability == (9, 0)
+        if hopper and gpu.cudnn >= MIN_CUDNN and queries == tokens and head_dim <= 128:
+            kernels = "cudnn", *kernels
+    return next((name for name in kernels if name not in gpu.wrong), "math")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gpu: Gpu) -> Tensor:
@@ -109,7 +116,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gpu: Gpu) -> Te
         q: Scaled queries (B, H, Q, K).
         k: Keys (B, H, T, K).
         v: Values (B, H, T, K).
-        bias: Bias of the scores (1, H, Q, T) in the same dtype, or None.
+        bias: Bias of the scores in the same dtype, broadcast to (B, H, Q, T), or None.
         gpu: The GPU that they lie on.
 
     Returns:
@@ -120,7 +127,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gpu: Gpu) -> Te
         sizes = q.shape[2], k.shape[2], q.shape[3]
         kernel = choose_kernel(gpu, q.dtype, *sizes, has_bias=bias is not None)
     if bias is not None:
-        bias = bias.expand(len(q), -1, -1, -1)
+        # CudaAttentionPosition has aligned its tables; a table of the user's, or a cast one, may
+        # have rows of an odd number of elements, which the efficient kernel refuses.
+        if kernel == "efficient" and any(n % BIAS_ALIGNMENT for n in bias.stride()[:-1]):
+            bias = align_bias(bias)
+        bias = bias.expand(*q.shape[:3], -1)
     return run_kernel(kernel, q, k, v, bias).transpose(1, 2).flatten(2)
 
 
@@ -149,6 +160,8 @@ def run_kernel(
         outputs = ops._scaled_dot_product_cudnn_attention(q, k, v, bias, trains, scale=scale)
     elif kernel == "flash":
         outputs = ops._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    elif kernel == "math":
+        outputs = ops._scaled_dot_product_attention_math(q, k, v, bias, scale=scale)
     else:
         outputs = ops._scaled_dot_product_efficient_attention(q, k, v, bias, trains, scale=scale)
     x: Tensor = outputs[0]
@@ -170,27 +183,34 @@ def align_bias(bias: Tensor) -> Tensor:
     return rows[..., :width]
 
 
-@lru_cache(maxsize=8)
-def has_cudnn_attention(device: torch.device) -> bool:
-    """Return True if cuDNN's attention runs on a device and equals its definition.
+@lru_cache(maxsize=32)
+def has_kernel(device: torch.device, kernel: CudaKernel) -> bool:
+    """Return True if an attention kernel runs on a device and equals its definition.
+
+    Builds of torch differ in it: one that holds the efficient kernel for a GPU which that kernel
+    does not know prints an error on the GPU, and gives zeros (pytorch#176093). Flash refuses such
+    a GPU, and a version of cuDNN may be wrong.
 
     Args:
         device: The GPU.
+        kernel: "cudnn", "flash" or "efficient".
 
     Returns:
         False also where it fails.
     """
     try:
-        return all(_cudnn_agrees(device, tokens) for tokens in (50, 197, 261))
+        return all(_agrees(device, kernel, tokens) for tokens in (50, 197, 261))
     except (RuntimeError, AttributeError, TypeError):  # absent, or a plan that fails as it runs
         return False
 
 
-def _cudnn_agrees(device: torch.device, tokens: int) -> bool:
-    """Compare cuDNN's attention with float64 on a fixed input."""
+def _agrees(device: torch.device, kernel: CudaKernel, tokens: int) -> bool:
+    """Compare an attention kernel with float64 on a fixed input."""
     count = 3 * 2 * 4 * tokens * 64
     numbers = torch.sin(torch.arange(count, dtype=torch.float64, device="cpu") * 0.7)
-    q, k, v = numbers.view(3, 2, 4, tokens, 64).to(torch.bfloat16)
+    # Every GPU has the efficient kernel in float32, also those without bfloat16.
+    dtype = torch.float32 if kernel == "efficient" else torch.bfloat16
+    q, k, v = numbers.view(3, 2, 4, tokens, 64).to(dtype)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
-    actual = run_kernel("cudnn", q.to(device), k.to(device), v.to(device), None).cpu().double()
+    actual = run_kernel(kernel, q.to(device), k.to(device), v.to(device), None).cpu().double()
     return bool((actual - exact).abs().max() <= 2e-2 * exact.abs().max())

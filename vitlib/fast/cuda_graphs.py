@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 BatchFunction = Callable[[Tensor], Tensor]  # (B, C, H, W) pixels, uint8 or normalised -> (B, ...)
 
 _cuda: Any = torch.cuda  # some of its functions have no annotations
+_torch_c: Any = torch._C  # likewise
 # torch allows one capture at a time in a process, also on several devices.
 _capture_lock = threading.Lock()
 
@@ -88,9 +90,24 @@ def capture(streams: CaptureStreams, function: BatchFunction, pixels: Tensor) ->
         try:
             with torch.cuda.graph(graph, **options):
                 output = function(pixels)
+        except BaseException:
+            _end_allocation(streams.pool)
+            raise
         finally:  # a failed capture leaves torch's own stream as the current one
             torch.cuda.set_stream(caller)
         return CapturedGraph(graph.replay, output)
+
+
+def _end_allocation(pool: Any) -> None:
+    """End the allocations of a failed capture from its pool, which torch itself may leave open.
+
+    CUDAGraph.capture_end tells the allocator of the end only where CUDA has ended the capture
+    without an error. Until the allocator is told, it refuses a second capture with this pool, fails
+    in empty_cache(), and never reuses the memory of uploaded pixels.
+    """
+    with suppress(RuntimeError, AttributeError):  # the first call raises where it has been told
+        _torch_c._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        _torch_c._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 def is_capturing() -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -93,9 +94,10 @@ class BatchRunner:
                 return self._run(key, factory, images, sizes, tokens)
             with torch.cuda.device(self.device):
                 # The caller captures this call in a graph of his own. That graph may not wait for
-                # an event outside it, and a capture inside a capture fails.
+                # an event outside it, and a capture inside a capture fails. A function made here is
+                # not kept: its position tables have no numbers before a replay of that graph.
                 if is_capturing():
-                    function = get_or_make(self.functions, key, lambda: factory(False))
+                    function = self.functions.get(key) or factory(False)
                     dtype = images.dtype if is_uint8(images) else self.dtype
                     return function(images.to(self.device, dtype))
                 # The last batch may have been on another stream: its static inputs and outputs are
@@ -135,10 +137,12 @@ class BatchRunner:
         """Choose how batches of the shape and dtype of `pixels` (B, C, H, W) run."""
         size = len(pixels)
         eager = get_or_make(self.functions, key, lambda: factory(False))
+        # A weak reference: a cycle would keep the weights on the GPU until a garbage collection.
+        runner: BatchRunner = weakref.proxy(self)
         if size <= micro_batch.GRAPH_SIZES[-1] and size * tokens <= MAX_GRAPH_TOKENS:
-            return GraphedFunction(eager, pixels, self)
+            return GraphedFunction(eager, pixels, runner)
         if size >= micro_batch.TILE and self.compiles:
-            return CompiledFunction(factory(True), eager, pixels, self)
+            return CompiledFunction(factory(True), eager, pixels, runner)
         return FixedSizeFunction(eager, pixels)
 
     def to_device(self, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -301,7 +305,18 @@ class FixedSizeFunction:
         else:
             pixels = torch.zeros_like(self.template, device=self.device)
             pixels[: len(images)].copy_(images)
-        return self.function(pixels)[: len(images)]
+        return self.compute(pixels)[: len(images)]
+
+    def compute(self, pixels: Tensor) -> Tensor:
+        """Call the function.
+
+        Args:
+            pixels: (B, C, H, W), of the size and dtype that it is for.
+
+        Returns:
+            (B, ...).
+        """
+        return self.function(pixels)
 
 
 class CompiledFunction(FixedSizeFunction):
@@ -317,10 +332,10 @@ class CompiledFunction(FixedSizeFunction):
     def __init__(
         self, compiled: BatchFunction, eager: BatchFunction, pixels: Tensor, runner: BatchRunner
     ) -> None:
-        super().__init__(self.call_with_fallback, pixels)
-        self.compiled, self.eager, self.runner = compiled, eager, runner
+        super().__init__(compiled, pixels)
+        self.eager, self.runner = eager, runner
 
-    def call_with_fallback(self, pixels: Tensor) -> Tensor:
+    def compute(self, pixels: Tensor) -> Tensor:
         """Call the compiled function, or the eager one where compiling fails.
 
         Args:
@@ -336,7 +351,7 @@ class CompiledFunction(FixedSizeFunction):
                 warnings.simplefilter("ignore")  # the compiler's, which the caller cannot act on
                 # A tensor of inference mode fails the compiled function's guards: without the copy
                 # it would be compiled a second time.
-                return self.compiled(pixels.clone() if pixels.is_inference() else pixels)
+                return self.function(pixels.clone() if pixels.is_inference() else pixels)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

@@ -2,8 +2,8 @@
 
 How data flows: CudaBlock calls norm(), add_norm(), activate() and rotate(). Each is an operation of
 torch's dispatcher, so that CUDA graphs, torch.compile, FakeTensors and a count of kernels see one
-call. On a GPU with Triton it is a kernel of row_kernels.py. Elsewhere it is its definition below,
-in separate operations of torch, which the kernels are tested against.
+call. On a GPU where Triton works it is a kernel of row_kernels.py. Elsewhere it is its definition
+below, in separate operations of torch, which the kernels are tested against.
 
 Before a product in 8-bit floats the same kernel quantizes its result, with a scale for each row:
 see fp8.py.
@@ -15,6 +15,7 @@ Gimpel 1606.08415 (GELU); Shazeer 2002.05202 (gated MLP); Su et al. 2104.09864 (
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitlib.errors import first_line
 from vitlib.fast.custom_ops import OPS, register
 from vitlib.fast.linears import apply_activation
 from vitlib.fast.norms import NormKind, NormWeights, normalize
@@ -35,6 +37,8 @@ from vitlib.fast.quantized_rows import (
     empty_rows,
 )
 from vitlib.positions import apply_rope
+
+logger = logging.getLogger("vitlib")
 
 
 def norm(x: Tensor, weights: NormWeights, dtype: torch.dtype) -> Rows:
@@ -249,9 +253,11 @@ def _cast_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _prefer_triton(name: str, definition: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that runs a kernel of row_kernels.py, or the definition without Triton."""
 
-    def run(*arguments: Any) -> Any:
-        kernels = _triton_kernels()
-        return (definition if kernels is None else getattr(kernels, name))(*arguments)
+    def run(x: Tensor, *arguments: Any) -> Any:
+        # Unlike torch's operations, Triton launches on the current device, whatever the tensors'.
+        with torch.cuda.device(x.device):
+            kernels = _triton_kernels(x.device)
+            return (definition if kernels is None else getattr(kernels, name))(x, *arguments)
 
     return run
 
@@ -262,13 +268,31 @@ def _linear_gelu_on_gpu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @cache
-def _triton_kernels() -> Any:
-    """Return the module of Triton's kernels; None where Triton is not there, as on Windows."""
+def _triton_kernels(device: torch.device) -> Any:
+    """Return the module of Triton's kernels; None where Triton is absent, or fails on a device.
+
+    At its first launch Triton compiles a part of itself. That needs a C compiler and the headers of
+    Python, which many containers lack. Nor does each version of Triton know every GPU.
+    """
     try:
         from vitlib.fast import row_kernels
-    except ImportError:
+    except ImportError:  # as on Windows
         return None
-    return row_kernels
+    x = torch.sin(torch.arange(2 * 64, dtype=torch.float32, device="cpu")).view(2, 64)
+    arguments: tuple[Any, ...] = (x, x, x[0].abs(), None, 1e-6, None, torch.float32)
+    try:
+        there: Any = (a.to(device) if isinstance(a, Tensor) else a for a in arguments)
+        _, actual, _ = row_kernels.norm_rows(*there)
+        _, exact, _ = define_norm_rows(*arguments)
+        if torch.allclose(actual.cpu(), exact, atol=1e-4):
+            return row_kernels
+        reason = "a result differs from its definition"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton's errors, and those of the tools that it starts
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    logger.warning("Triton's kernels are not used, and %s is slower: %s", device, reason)
+    return None
 
 
 def _fake_norm_rows(

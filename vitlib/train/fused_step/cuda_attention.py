@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vitlib.fast.cuda_attention import CudaKernel, align_bias, run_kernel
+from vitlib.fast.cuda_attention import CudaKernel, align_bias, has_kernel, run_kernel
 
 HEAD_ALIGNMENT = 8  # the fused kernels take a K that is a multiple of it
 
@@ -45,7 +45,8 @@ def attend(
         bias = bias.to(narrow).expand(*bias.shape[:-1], k.shape[2])
     kernel = choose_for_training(q, k, v, bias)
     if bias is not None:
-        bias = bias if kernel == "any" else align_bias(bias).expand(*q.shape[:3], -1)
+        is_fused = kernel not in ("any", "math")
+        bias = align_bias(bias).expand(*q.shape[:3], -1) if is_fused else bias
     return run_kernel(kernel, q, k, v, bias, scale=scale, trains=True)
 
 
@@ -59,16 +60,20 @@ def choose_for_training(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) ->
         bias: Of the scores, (B, H, Q, T); or None.
 
     Returns:
-        "flash", "efficient", or "any" for torch's own choice.
+        "flash", "efficient", "any" for torch's own choice, or "math" where that could be wrong.
     """
-    # AMD's GPUs have no cuDNN, so torch's choice is sound. The operations do not pad heads, which
-    # F.scaled_dot_product_attention does.
-    if torch.version.hip is not None or q.shape[3] % HEAD_ALIGNMENT:
+    # AMD's GPUs have no cuDNN, so torch's choice is sound.
+    if torch.version.hip is not None:
         return "any"
-    params = torch.backends.cuda.SDPAParams(q, k, v, bias, 0.0, False, False)
-    if bias is None and torch.backends.cuda.can_use_flash_attention(params):
-        return "flash"
-    return "efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "any"
+    efficient_works = has_kernel(q.device, "efficient")
+    if q.shape[3] % HEAD_ALIGNMENT == 0:  # the operations do not pad heads
+        params = torch.backends.cuda.SDPAParams(q, k, v, bias, 0.0, False, False)
+        can_flash = bias is None and torch.backends.cuda.can_use_flash_attention(params)
+        if can_flash and has_kernel(q.device, "flash"):
+            return "flash"
+        if efficient_works and torch.backends.cuda.can_use_efficient_attention(params):
+            return "efficient"
+    return "any" if efficient_works else "math"  # as torch's choice may be that kernel
 
 
 def pin_attention(device: torch.device) -> AbstractContextManager[Any]:
