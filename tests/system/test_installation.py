@@ -17,22 +17,25 @@ import torch
 import vitlib
 from paths import ROOT
 from vitlib.errors import InstallationError
-from vitlib.system import installation
-from vitlib.system.installation import check_torch, examine, parse_version
+from vitlib.system import installation, requirements
+from vitlib.system.installation import examine
+from vitlib.system.requirements import check_core, parse_version
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
 def forget_check() -> Iterator[None]:
-    check_torch.cache_clear()
+    check_core.cache_clear()
     yield
-    check_torch.cache_clear()
+    check_core.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
     """Pretend that packages have other versions; None for absent ones."""
-    original = metadata.version
+    original, has_module = metadata.version, requirements.has_module
+    packages = [name.replace("_", "-") for name, value in versions.items() if value is None]
+    absent = {requirements.MODULES.get(name, name) for name in packages}
 
     def version(name: str) -> str:
         key = name.replace("-", "_")
@@ -44,6 +47,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
         return value
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(
+        requirements, "has_module", lambda name: name not in absent and has_module(name)
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,9 +70,11 @@ def test_equal_versions_are_not_too_old() -> None:
     assert parse_version("2.6") == parse_version("2.6.0") == parse_version("2.6.0+cu124")
 
 
-def test_minimum_of_torch_is_that_of_the_package() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'"torch>=([0-9.]+)"', text)[1] == vitlib.MIN_TORCH  # type: ignore[index]
+def test_needs_are_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needs = text.split("\ndependencies = [\n")[1].split("\n]")[0]
+    assert dict(re.findall(r'"([\w-]+)>=([0-9.]+)",', needs)) == vitlib.REQUIRES
+    assert len(needs.splitlines()) == len(vitlib.REQUIRES)
 
 
 def test_whole_installation_has_no_problem(run_cli: Run) -> None:
@@ -126,11 +134,11 @@ def test_public_names_refuse_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> No
     pretend(monkeypatch, torch="1.13.1")
     monkeypatch.setattr(torch, "__version__", "1.13.1+cu117")
     monkeypatch.delitem(vars(vitlib), "load", raising=False)
-    with pytest.raises(InstallationError, match=r"torch 1\.13\.1 is installed"):
+    with pytest.raises(InstallationError, match=r"torch 1\.13\.1\+cu117 is installed"):
         _ = vitlib.load
     assert issubclass(vitlib.errors.VitlibError, Exception)
     assert isinstance(
-        installation.explain_import_error(AttributeError("torch.uint32")), InstallationError
+        requirements.explain_import_error(AttributeError("torch.uint32")), InstallationError
     )
 
 
@@ -197,6 +205,6 @@ def test_package_that_cannot_be_imported_is_one_line(tmp_path: Path, use: str) -
 
 
 def test_import_error_of_another_package_is_left_alone() -> None:
-    assert installation.explain_import_error(ImportError("x", name="somebody_else")) is None
-    assert installation.explain_import_error(ImportError("x")) is None
-    assert installation.explain_import_error(AttributeError("x")) is None
+    assert requirements.explain_import_error(ImportError("x", name="somebody_else")) is None
+    assert requirements.explain_import_error(ImportError("x")) is None
+    assert requirements.explain_import_error(AttributeError("x")) is None

@@ -11,12 +11,13 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
 from vitlib.cli.printing import echo, print_help, set_quiet
-from vitlib.errors import count_noun
+from vitlib.errors import VitlibError, count_noun
 
 F = TypeVar("F", bound=Callable[..., Any])
 LOADING, GENERAL = "Loading", "General"
@@ -197,18 +198,25 @@ class Verb(click.Command):
         return [*super().get_params(ctx), help_all, *output_options()]
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb, with a torch that vitlib can use.
+        """Run the verb, with packages and a folder that it can use.
 
         Args:
             ctx: context of the command.
 
         Raises:
-            InstallationError: torch is absent or too old.
+            InstallationError: A package that vitlib needs is absent or too old.
+            VitlibError: The current folder was deleted.
         """
+        try:
+            Path.cwd()
+        except OSError as error:  # torch's libraries end the process then
+            raise VitlibError(
+                f"the current folder cannot be used ({error.strerror}): cd to another"
+            ) from error
         if self.name != "doctor":  # which says what else is wrong
-            from vitlib.system.installation import check_torch  # takes longer than all of --help
+            from vitlib.system.requirements import check_core  # takes longer than all of --help
 
-            check_torch()
+            check_core()
         return super().invoke(ctx)
 
     def format_help_text(

@@ -25,6 +25,7 @@ from vitlib.data.photos import LabelledPhotos, join_names, number_duplicates, re
 from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, lines, normalize_label
 from vitlib.errors import DataError
 from vitlib.system.csv_rows import iter_csv_rows
+from vitlib.system.paths import expand_home
 
 MAX_BYTES = 32 * 2**20
 EXPECTED = 'expected a .json such as {"n02123045": 281}, a .csv of label,class or a .txt of both'
@@ -56,7 +57,7 @@ class ClassMap:
             DataError: for a file that cannot be read, is too large or has another form, and for a
                 label with two classes.
         """
-        file = Path(path).expanduser()
+        file = expand_home(path)
         try:
             size = file.stat().st_size
         except OSError as error:

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from vitlib.errors import SourceError
+from vitlib.system.paths import expand_home
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -97,7 +98,7 @@ def refuse_input(
     target = Path(os.path.realpath(out))
     identity = _identity(target)
     for name in inputs:
-        path = Path(name).expanduser()
+        path = expand_home(name)
         if identity is None:
             same = path.name == target.name and path.resolve() == target
         else:
