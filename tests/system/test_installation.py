@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -137,9 +138,85 @@ def test_public_names_refuse_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(InstallationError, match=r"torch 1\.13\.1\+cu117 is installed"):
         _ = vitlib.load
     assert issubclass(vitlib.errors.VitlibError, Exception)
-    assert isinstance(
-        requirements.explain_import_error(AttributeError("torch.uint32")), InstallationError
+
+
+def break_import(monkeypatch: pytest.MonkeyPatch, broken: str, error: Exception | None) -> None:
+    """Let a module raise an error when the doctor imports it; None gives an empty folder."""
+    original = installation.import_module
+
+    def import_module(name: str) -> ModuleType:
+        if name == broken and error is not None:
+            raise error
+        return ModuleType(name) if name == broken else original(name)
+
+    monkeypatch.setattr(installation, "import_module", import_module)
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "reason"),
+    [
+        ("numpy", ImportError("no .so"), "ImportError: no .so"),
+        ("torch", None, "ImportError: its folder has no code"),
+        ("torch", OSError("shm.dll\nmore"), "OSError: shm.dll"),
+    ],
+)
+def test_doctor_reports_all_beside_what_is_broken(
+    run_cli: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    error: Exception | None,
+    reason: str,
+) -> None:
+    break_import(monkeypatch, module, error)
+    code, out, err = run_cli("doctor")
+    version = metadata.version(module)
+    assert (code, err) == (
+        1,
+        f"vitlib: error: {module} {version} cannot be imported ({reason}): "
+        f"pip install --force-reinstall {module}\n",
     )
+    assert "vitlib[eval]" in out
+
+
+def test_doctor_names_a_torch_of_two_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise AttributeError("no get_cpu_capability")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", fail)
+    (problem,) = examine().problems
+    assert problem == (
+        f"torch {torch.__version__} does not work (AttributeError: no get_cpu_capability): "
+        "pip install --force-reinstall torch"
+    )
+
+
+def test_doctor_of_files_that_are_not_installed(
+    run_cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = metadata.distribution
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name == "vitlib":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setattr(requirements, "_stated_extras", tuple)
+    code, out, err = run_cli("doctor")
+    assert code == 1
+    assert err == "vitlib: error: vitlib runs without being installed: pip install .\n"
+    assert f"numpy             {np.__version__}" in out
+
+
+def test_doctor_notes_another_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(vitlib, "__version__", "0.0.9")
+    found = examine()
+    assert found.versions["vitlib"] == "0.0.9"
+    assert f"and 0.0.9 of {Path(vitlib.__file__).parent} runs" in found.notes[0]
+    assert found.problems == ()
+    archive = tmp_path / "vitlib.zip"
+    (problem,) = installation._examine_copies(archive / "vitlib", [])
+    assert problem.startswith(f"vitlib runs from an archive, {archive}, where its tables")
 
 
 def test_numpy_that_does_not_fit_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +276,8 @@ def test_package_that_cannot_be_imported_is_one_line(tmp_path: Path, use: str) -
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 1
     assert (
-        f"pillow {metadata.version('pillow')} cannot be imported (libjpeg.so: cannot open shared "
-        "object file): pip install --force-reinstall pillow" in result.stderr
+        f"pillow {metadata.version('pillow')} cannot be imported (ImportError: libjpeg.so: cannot "
+        "open shared object file): pip install --force-reinstall pillow" in result.stderr
     )
 
 

@@ -259,12 +259,13 @@ def _blame(error: Exception) -> str | None:
         for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
     frames = [frame for frame in frames if frame[0] not in ("importlib", "_frozen_importlib")]
-    own = max((i for i, (module, _) in enumerate(frames) if module == PACKAGE), default=-1)
-    below = frames[own + 1 :]
-    # The code of a module, and not of a function that was called: it is being imported.
-    if below and below[0][1] != "<module>":
+    own = max((i for i, (module, _) in enumerate(frames) if module == PACKAGE), default=None)
+    if own is None:
         return None
-    if not below and (PACKAGE, "<module>") not in frames:
+    below = frames[own + 1 :]
+    # Code of a module runs while it is imported: vitlib's own, or that of a package it imports.
+    imports_vitlib = (PACKAGE, "<module>") in frames
+    if not imports_vitlib and not (below and below[0][1] == "<module>"):
         return None
     if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
         lacking = error.obj.__name__.split(".")[0]
@@ -273,8 +274,8 @@ def _blame(error: Exception) -> str | None:
     if isinstance(error, SyntaxError) and error.filename:  # a damaged file
         folders = [part.removesuffix(".py") for part in Path(error.filename).parts]
         return next((packages[part] for part in reversed(folders) if part in packages), None)
-    blamed = [packages[m] for m, code in below if m in packages and code == "<module>"]
-    return blamed[-1] if blamed else None
+    blamed = [m for m, code in below if m in packages and (imports_vitlib or code == "<module>")]
+    return packages[blamed[-1]] if blamed else None
 
 
 def import_extra(
