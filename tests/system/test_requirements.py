@@ -134,12 +134,14 @@ def test_extra_that_is_broken_is_not_called_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "a_broken_module.py").write_text("raise ValueError('backend: no such\\nline 2')")
+    (tmp_path / "yaml.py").write_text("raise ValueError('backend: no such')")
+    monkeypatch.delitem(sys.modules, "yaml", raising=False)
     with pytest.raises(ConfigError) as caught:
-        import_extra("plot", "pyyaml", "pictures need it", "a_broken_module")
+        import_extra("plot", "pyyaml", "pictures need it")
     assert str(caught.value) == (
         f"pictures need it: pyyaml {metadata.version('pyyaml')} cannot be imported (ValueError: "
-        "backend: no such): pip install --force-reinstall pyyaml"
+        f"backend: no such): Python takes {tmp_path / 'yaml.py'} for it: rename that, or run from "
+        "another folder"
     )
 
 

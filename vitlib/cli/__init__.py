@@ -150,7 +150,11 @@ class Verbs(click.Group):
 
 
 @click.command("help")
-@click.argument("verb", required=False)
+@click.argument(
+    "verb",
+    required=False,
+    shell_complete=lambda _ctx, _param, typed: [name for name in VERBS if name.startswith(typed)],
+)
 @click.pass_context
 def help_command(ctx: click.Context, verb: str | None) -> None:
     """Print the help of a verb with every option, or that of vitlib."""

@@ -17,10 +17,12 @@ from typing import Any, TypeVar, cast
 import click
 
 from vitlib.cli.printing import echo, print_help, set_quiet
+from vitlib.cli.values import PathOrName
 from vitlib.errors import VitlibError, count_noun
 
 F = TypeVar("F", bound=Callable[..., Any])
 LOADING, GENERAL = "Loading", "General"
+PATHS = ("MODEL", "FILE", "FOLDER")  # placeholders of values that may be paths
 SHOWS_ALL = "vitlib.shows_all"  # in ctx.meta, True if the help lists options of every heading
 # Options of each heading, by the name of their parameter, in the order of the help.
 GROUPS = {
@@ -175,6 +177,10 @@ class Verb(click.Command):
             **settings: as for click.Command.
         """
         super().__init__(*args, **settings)
+        for param in self.params:
+            is_path = isinstance(param, click.Argument) or param.metavar in PATHS
+            if param.type is click.STRING and is_path and param.name != "pattern":
+                param.type = PathOrName()
         self.examples = tuple(examples)
         self.headings = dict(headings or {})
 

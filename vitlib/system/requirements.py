@@ -308,8 +308,8 @@ def import_extra(
     try:
         imported = import_module(module or own)
     except Exception as error:  # a broken package may raise anything
-        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-        if not requirement.installed or missing in (own, module):
+        missing = isinstance(error, ModuleNotFoundError) and error.name in (own, module or own)
+        if not requirement.installed or missing:
             raise kind(f"{purpose}: {command}") from error
         if not requirement.problem:
             raise kind(f"{purpose}: {requirement.explain_failure(error)}") from error
