@@ -14,15 +14,15 @@ def main() -> None:
     try:
         from vitlib.cli import main as run
     except KeyboardInterrupt:
-        print("vitlib: error: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # of click, or of a file that Python takes for it
         from vitlib.system.requirements import explain_import_error
+        from vitlib.system.terminal import escape_unprintable
 
         explained = explain_import_error(error)
         if explained is None:
             raise
-        sys.exit(f"vitlib: error: {explained}")
+        sys.exit(escape_unprintable(f"vitlib: error: {explained}"))
     run()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vitlib.config import ViTConfig, config_to_json
 from vitlib.config_parts import SHORT_NAMES
 from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 from vitlib.system.torch_state import (
     isolate_torch_settings,
     outside_inference_mode,

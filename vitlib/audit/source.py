@@ -20,7 +20,7 @@ from vitlib.data import LabelledPhotos, read_photos, read_split
 from vitlib.data.from_folder import is_photo, list_visible
 from vitlib.data.read import find_parts, find_table
 from vitlib.errors import DataError
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 
 AGAINST = "against"
 ADVICE = "name a folder with a folder per class, a .csv or a .jsonl"

@@ -28,7 +28,7 @@ from vitlib.config import ViTConfig
 from vitlib.config_parts import LEADING_TOKENS
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
 from vitlib.source.locate import WEIGHTS, Source
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 from vitlib.vit import ViT
 
 

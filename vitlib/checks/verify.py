@@ -28,7 +28,7 @@ from vitlib.errors import CheckpointError
 from vitlib.image.decode import ImageLike
 from vitlib.predict.runtimes import find_format
 from vitlib.source.locate import Source
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.testing.distance import float32_tolerance, relative_distance
 from vitlib.testing.images import seeded_images, usual_size

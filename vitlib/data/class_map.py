@@ -24,8 +24,8 @@ from vitlib.data.from_csv import FILE_WORDS, LABEL_WORDS, MAX_CELL
 from vitlib.data.photos import LabelledPhotos, join_names, number_duplicates, rename_labels, short
 from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, lines, normalize_label
 from vitlib.errors import DataError
+from vitlib.system.atomic import expand_home
 from vitlib.system.csv_rows import iter_csv_rows
-from vitlib.system.paths import expand_home
 
 MAX_BYTES = 32 * 2**20
 EXPECTED = 'expected a .json such as {"n02123045": 281}, a .csv of label,class or a .txt of both'

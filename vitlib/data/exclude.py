@@ -12,8 +12,8 @@ from vitlib.data.from_csv import FILE_WORDS, MAX_CELL
 from vitlib.data.photos import LabelledPhotos, join_names
 from vitlib.errors import DataError, count_noun
 from vitlib.source.locate import ALWAYS_SHOW
+from vitlib.system.atomic import expand_home
 from vitlib.system.csv_rows import iter_csv_rows
-from vitlib.system.paths import expand_home
 
 logger = logging.getLogger("vitlib")
 

@@ -23,7 +23,7 @@ from vitlib.data.gather import Check, OnBadImage, gather
 from vitlib.data.photos import LabelledPhotos, join_names, short_file
 from vitlib.data.rows import FOR_NUMBERS, Rows, parse_number
 from vitlib.errors import ConfigError, DataError
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 
 logger = logging.getLogger("vitlib")
 

@@ -32,8 +32,7 @@ from vitlib.predict.calibration import Calibration
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import check_choice
 from vitlib.source.locate import DEMO, resolve_source
-from vitlib.system.atomic import refuse_input
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home, refuse_input
 from vitlib.system.torch_state import isolate_torch_settings
 
 OnBadImage = Literal["fail", "skip"]

@@ -11,7 +11,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.data.write_list import TRAINING_LIST, VALIDATION_LIST, find_list, read_paths
 from vitlib.errors import VitlibError, count_noun
 from vitlib.source.locate import resolve_source
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 
 
 def list_overlap(photos: LabelledPhotos, others: Iterable[str | os.PathLike[str]]) -> list[Path]:

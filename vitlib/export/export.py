@@ -39,8 +39,13 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.predictor import Predictor
 from vitlib.predict.runtimes import VERIFICATION_KEY, Runtime, open_file
-from vitlib.system.atomic import publish_folder, refuse_input, replace_files, staging_folder
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import (
+    expand_home,
+    publish_folder,
+    refuse_input,
+    replace_files,
+    staging_folder,
+)
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 

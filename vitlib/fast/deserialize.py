@@ -31,7 +31,7 @@ from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import FAST_FILE as FILE
 from vitlib.source.readers.contents import parts_are_finite
 from vitlib.source.readers.safetensors import read_safetensors
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 from vitlib.system.torch_state import isolate_torch_settings, outside_inference_mode
 from vitlib.vit import ViT
 

@@ -42,8 +42,7 @@ from vitlib.features.parts import (
     to_array,
 )
 from vitlib.source.locate import ALWAYS_SHOW, read_json
-from vitlib.system.atomic import check_writable, open_atomic
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import check_writable, expand_home, open_atomic
 
 logger = logging.getLogger("vitlib")
 

@@ -22,8 +22,7 @@ import numpy.typing as npt
 from vitlib.errors import ConfigError, SourceError, count_noun
 from vitlib.scores import Task, apply_temperature
 from vitlib.source.locate import FAST_FILE, Source
-from vitlib.system.atomic import open_atomic
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home, open_atomic
 
 logger = logging.getLogger("vitlib")
 FILE, FORMAT, VERSION = "calibration.json", "vitlib-calibration", 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitlib.checkpoint.layouts import hf_config
 from vitlib.errors import CheckpointError, SourceError
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 
 MAX_BYTES = 2**24
 

@@ -21,7 +21,7 @@ from vitlib.errors import CheckpointError, ConfigError, ImageError, SourceError,
 from vitlib.fast.cpu import this_machine
 from vitlib.predict.exported_info import KEY, MAX_LENGTH, ExportInfo, parse_info
 from vitlib.predict.pt2_archive import check_archive
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 from vitlib.system.requirements import import_extra
 
 Array = npt.NDArray[Any]

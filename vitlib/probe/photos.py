@@ -14,7 +14,7 @@ from vitlib.data.from_folder import is_photo, list_visible
 from vitlib.data.photos import join_names
 from vitlib.errors import DataError, count_noun
 from vitlib.source.locate import ALWAYS_SHOW
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 
 logger = logging.getLogger("vitlib")
 

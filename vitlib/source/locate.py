@@ -20,7 +20,7 @@ from vitlib.errors import CheckpointError, SourceError
 from vitlib.source.readers.contents import Part, parts_are_finite
 from vitlib.source.readers.state_dict import select_prefix, strip_wrappers
 from vitlib.source.readers.tensor_file import LORA_ERROR, READABLE, read_tensor_file
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import expand_home
 
 if TYPE_CHECKING:
     from vitlib.source.hub import HubRepo

@@ -19,7 +19,6 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from vitlib.errors import SourceError
-from vitlib.system.paths import expand_home
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -31,6 +30,19 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Replace ~ or ~USER at the start of a path by the home of that user.
+
+    Args:
+        path: A path, or a name that is none, such as a hub id.
+
+    Returns:
+        The path; as it is where no such home is known, where Path.expanduser() would raise
+        RuntimeError.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def resolve_target(path: Path) -> Path:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from vitlib.checkpoint.save import write_tensors
 from vitlib.errors import CheckpointError, ConfigError, SourceError
-from vitlib.system.atomic import check_writable, replace_files, staging_folder
-from vitlib.system.paths import expand_home
+from vitlib.system.atomic import check_writable, expand_home, replace_files, staging_folder
 from vitlib.vendor.file import write_source
 from vitlib.vendor.pinned import list_sizes, pixels, write_test
 from vitlib.vit import ViT
