@@ -48,7 +48,16 @@ if TYPE_CHECKING:
     from vitlib.weights import load
 
 __version__ = "0.1.0"
-MIN_TORCH = "2.10"  # pyproject.toml has the same; a test compares them
+# Packages that vitlib needs, and their oldest versions, as pyproject.toml has them.
+REQUIRES = {
+    "torch": "2.10",
+    "numpy": "1.26",
+    "safetensors": "0.4.3",
+    "huggingface-hub": "0.24",
+    "pillow": "11.3",
+    "click": "8.1",
+    "tqdm": "4.60",
+}
 __all__ = [
     "ImageProcessor",
     "Prediction",
@@ -120,17 +129,31 @@ def _import(name: str) -> ModuleType:
     """Import a module of vitlib; a package that is absent, old or broken is named in one line."""
     try:
         module = import_module(f"vitlib.{name}")
-    except (ImportError, AttributeError) as error:
-        from vitlib.system.installation import explain_import_error
+    except Exception as error:  # a broken package may raise anything
+        from vitlib.system.requirements import explain_import_error
 
-        raise explain_import_error(error) or error from error
-    # By numbers alone: the modules that compare versions take longer to import than all of these.
-    version = getattr(sys.modules.get("torch"), "__version__", MIN_TORCH).split(".")
-    if [int(part) for part in version[:2]] < [int(part) for part in MIN_TORCH.split(".")]:
-        from vitlib.system.installation import check_torch
-
-        check_torch()
+        explained = explain_import_error(error)
+        if explained is None:
+            raise
+        raise explained from error
+    # The errors themselves can be caught whatever is installed.
+    if name != "errors":
+        for package, module_name in (("torch", "torch"), ("numpy", "numpy"), ("pillow", "PIL")):
+            _refuse_old(package, sys.modules.get(module_name))
     return module
+
+
+def _refuse_old(package: str, module: ModuleType | None) -> None:
+    """Raise InstallationError for an imported package that is too old for vitlib's numbers."""
+    minimum = REQUIRES[package]
+    version = getattr(module, "__version__", minimum)
+    # By numbers alone: the modules that compare versions take longer to import than all of these.
+    if [int(n) for n in version.split(".")[:2]] < [int(n) for n in minimum.split(".")]:
+        from vitlib.errors import InstallationError
+        from vitlib.system.requirements import Requirement, install_command
+
+        old = Requirement(package, minimum, "", version)
+        raise InstallationError(f"{old.problem}: {install_command([old])}")
 
 
 def __dir__() -> list[str]:

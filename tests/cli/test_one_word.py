@@ -196,6 +196,15 @@ def test_embeddings_name_photos_from_another_folder(
     assert out == f"1.000  {workplace}/photos/cat/0.jpg\n"
 
 
+def test_vectors_that_are_absent_are_named(
+    run_cli: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    code, _, err = run_cli("similar", "photo.jpg", "absent.npy")
+    expected = "vitlib: error: absent.npy is not there: expected a file of vitlib embed\n"
+    assert (code, err) == (1, expected)
+
+
 @pytest.mark.parametrize("target", ["/dev/full", "closed", "pipe"])
 def test_stdout_that_cannot_be_written_is_one_line(target: str, workplace: Path) -> None:
     command = f"{sys.executable} -m vitlib info demo --json"

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import BashComplete
 
 from vitlib.cli import VERBS, vitlib_command
 
@@ -80,3 +82,41 @@ def test_completion_imports_no_torch(words: str) -> None:
     lines = process.stdout.splitlines()
     assert len(lines) > 3
     assert lines[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "kind", "values"),
+    [
+        (["classify"], "pho", "file", ["pho"]),
+        (["classify", "-m"], "mi", "file", ["mi"]),
+        (["evaluate", "mine"], "pho", "file", ["pho"]),
+        (["finetune"], "pho", "file", ["pho"]),
+        (["export", "demo", "-o"], "vi", "file", ["vi"]),
+        (["list"], "vit", "plain", []),
+        (["help"], "cl", "plain", ["classify"]),
+        (["help"], "e", "plain", ["embed", "evaluate", "export"]),
+    ],
+)
+def test_completion_offers_files_and_verbs(
+    words: list[str], typed: str, kind: str, values: list[str]
+) -> None:
+    shell = BashComplete(vitlib_command, {}, "vitlib", "_VITLIB_COMPLETE")
+    items = shell.get_completions(words, typed)
+    assert [item.value for item in items] == values
+    assert {item.type for item in items} <= {kind}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "completion"),
+    [(["--help"], ""), (["classify", "--help"], ""), ([], "bash_source")],
+)
+def test_help_on_a_full_disk_is_one_line(arguments: list[str], completion: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vitlib", *arguments],
+            env={**os.environ, **({"_VITLIB_COMPLETE": completion} if completion else {})},
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "vitlib: error: stdout cannot be written: No space left on device\n"

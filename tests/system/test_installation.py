@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,22 +18,25 @@ import torch
 import vitlib
 from paths import ROOT
 from vitlib.errors import InstallationError
-from vitlib.system import installation
-from vitlib.system.installation import check_torch, examine, parse_version
+from vitlib.system import installation, requirements
+from vitlib.system.installation import examine
+from vitlib.system.requirements import check_core, parse_version
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
 def forget_check() -> Iterator[None]:
-    check_torch.cache_clear()
+    check_core.cache_clear()
     yield
-    check_torch.cache_clear()
+    check_core.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
     """Pretend that packages have other versions; None for absent ones."""
-    original = metadata.version
+    original, has_module = metadata.version, requirements.has_module
+    packages = [name.replace("_", "-") for name, value in versions.items() if value is None]
+    absent = {requirements.MODULES.get(name, name) for name in packages}
 
     def version(name: str) -> str:
         key = name.replace("-", "_")
@@ -44,6 +48,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
         return value
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(
+        requirements, "has_module", lambda name: name not in absent and has_module(name)
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,9 +71,11 @@ def test_equal_versions_are_not_too_old() -> None:
     assert parse_version("2.6") == parse_version("2.6.0") == parse_version("2.6.0+cu124")
 
 
-def test_minimum_of_torch_is_that_of_the_package() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'"torch>=([0-9.]+)"', text)[1] == vitlib.MIN_TORCH  # type: ignore[index]
+def test_needs_are_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needs = text.split("\ndependencies = [\n")[1].split("\n]")[0]
+    assert dict(re.findall(r'"([\w-]+)>=([0-9.]+)",', needs)) == vitlib.REQUIRES
+    assert len(needs.splitlines()) == len(vitlib.REQUIRES)
 
 
 def test_whole_installation_has_no_problem(run_cli: Run) -> None:
@@ -126,12 +135,88 @@ def test_public_names_refuse_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> No
     pretend(monkeypatch, torch="1.13.1")
     monkeypatch.setattr(torch, "__version__", "1.13.1+cu117")
     monkeypatch.delitem(vars(vitlib), "load", raising=False)
-    with pytest.raises(InstallationError, match=r"torch 1\.13\.1 is installed"):
+    with pytest.raises(InstallationError, match=r"torch 1\.13\.1\+cu117 is installed"):
         _ = vitlib.load
     assert issubclass(vitlib.errors.VitlibError, Exception)
-    assert isinstance(
-        installation.explain_import_error(AttributeError("torch.uint32")), InstallationError
+
+
+def break_import(monkeypatch: pytest.MonkeyPatch, broken: str, error: Exception | None) -> None:
+    """Let a module raise an error when the doctor imports it; None gives an empty folder."""
+    original = installation.import_module
+
+    def import_module(name: str) -> ModuleType:
+        if name == broken and error is not None:
+            raise error
+        return ModuleType(name) if name == broken else original(name)
+
+    monkeypatch.setattr(installation, "import_module", import_module)
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "reason"),
+    [
+        ("numpy", ImportError("no .so"), "ImportError: no .so"),
+        ("torch", None, "ImportError: its folder has no code"),
+        ("torch", OSError("shm.dll\nmore"), "OSError: shm.dll"),
+    ],
+)
+def test_doctor_reports_all_beside_what_is_broken(
+    run_cli: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    error: Exception | None,
+    reason: str,
+) -> None:
+    break_import(monkeypatch, module, error)
+    code, out, err = run_cli("doctor")
+    version = metadata.version(module)
+    assert (code, err) == (
+        1,
+        f"vitlib: error: {module} {version} cannot be imported ({reason}): "
+        f"pip install --force-reinstall {module}\n",
     )
+    assert "vitlib[eval]" in out
+
+
+def test_doctor_names_a_torch_of_two_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise AttributeError("no get_cpu_capability")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", fail)
+    (problem,) = examine().problems
+    assert problem == (
+        f"torch {torch.__version__} does not work (AttributeError: no get_cpu_capability): "
+        "pip install --force-reinstall torch"
+    )
+
+
+def test_doctor_of_files_that_are_not_installed(
+    run_cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = metadata.distribution
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name == "vitlib":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setattr(requirements, "_stated_extras", tuple)
+    code, out, err = run_cli("doctor")
+    assert code == 1
+    assert err == "vitlib: error: vitlib runs without being installed: pip install .\n"
+    assert f"numpy             {np.__version__}" in out
+
+
+def test_doctor_notes_another_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(vitlib, "__version__", "0.0.9")
+    found = examine()
+    assert found.versions["vitlib"] == "0.0.9"
+    assert f"and 0.0.9 of {Path(vitlib.__file__).parent} runs" in found.notes[0]
+    assert found.problems == ()
+    archive = tmp_path / "vitlib.zip"
+    (problem,) = installation._examine_copies(archive / "vitlib", [])
+    assert problem.startswith(f"vitlib runs from an archive, {archive}, where its tables")
 
 
 def test_numpy_that_does_not_fit_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,12 +276,12 @@ def test_package_that_cannot_be_imported_is_one_line(tmp_path: Path, use: str) -
     assert result.returncode == 1
     assert len(result.stderr.strip().splitlines()) == 1
     assert (
-        f"pillow {metadata.version('pillow')} cannot be imported (libjpeg.so: cannot open shared "
-        "object file): pip install --force-reinstall pillow" in result.stderr
+        f"pillow {metadata.version('pillow')} cannot be imported (ImportError: libjpeg.so: cannot "
+        "open shared object file): pip install --force-reinstall pillow" in result.stderr
     )
 
 
 def test_import_error_of_another_package_is_left_alone() -> None:
-    assert installation.explain_import_error(ImportError("x", name="somebody_else")) is None
-    assert installation.explain_import_error(ImportError("x")) is None
-    assert installation.explain_import_error(AttributeError("x")) is None
+    assert requirements.explain_import_error(ImportError("x", name="somebody_else")) is None
+    assert requirements.explain_import_error(ImportError("x")) is None
+    assert requirements.explain_import_error(AttributeError("x")) is None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vitlib.config import ViTConfig, config_to_json
 from vitlib.config_parts import SHORT_NAMES
 from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
+from vitlib.system.atomic import expand_home
 from vitlib.system.torch_state import (
     isolate_torch_settings,
     outside_inference_mode,
@@ -113,7 +114,7 @@ def to_path(path: object) -> Path:
         raise ConfigError(
             f"path={path!r:.80}: expected the path of a file, such as 'delta.safetensors'"
         )
-    return Path(path).expanduser()
+    return expand_home(path)
 
 
 def base_settings(config: ViTConfig) -> dict[str, Any]:

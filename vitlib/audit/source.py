@@ -20,6 +20,7 @@ from vitlib.data import LabelledPhotos, read_photos, read_split
 from vitlib.data.from_folder import is_photo, list_visible
 from vitlib.data.read import find_parts, find_table
 from vitlib.errors import DataError
+from vitlib.system.atomic import expand_home
 
 AGAINST = "against"
 ADVICE = "name a folder with a folder per class, a .csv or a .jsonl"
@@ -122,14 +123,14 @@ def read_set(
         raise DataError(
             f"{against} is both the data and --against: name another set, or leave it out"
         )
-    parts = _read_parts(Path(data).expanduser(), multi_label, unlabelled)
+    parts = _read_parts(expand_home(data), multi_label, unlabelled)
     if against is not None:
         if len(parts) > 1:
             raise DataError(
                 f"{data} has {parts[0].name}/ and {parts[1].name}/, which are compared: leave "
                 f"--against out, or name {parts[0].source}"
             )
-        other = _read_part(Path(against).expanduser(), AGAINST, multi_label, unlabelled)
+        other = _read_part(expand_home(against), AGAINST, multi_label, unlabelled)
         parts = (*parts, other)
     inputs = [data] if against is None else [data, against]
     return AuditSet(parts, tuple(os.fspath(name) for name in inputs))
@@ -137,9 +138,7 @@ def read_set(
 
 def _same(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
     """Return True for two names of one file or folder."""
-    return os.path.realpath(os.path.expanduser(first)) == os.path.realpath(  # noqa: PTH111
-        os.path.expanduser(second)  # noqa: PTH111
-    )
+    return os.path.realpath(expand_home(first)) == os.path.realpath(expand_home(second))
 
 
 def _read_parts(path: Path, multi_label: bool, unlabelled: bool) -> tuple[Part, ...]:

@@ -115,6 +115,8 @@ def read_embeddings(path: Path) -> EmbeddingFile:
         SourceError: the names cannot be read.
     """
     names = names_path(path)
+    if not path.is_file():
+        raise BatchError(f"{path} is not there: expected a file of vitlib embed")
     if not names.is_file():
         raise BatchError(f"{path} has no {names.name} beside it: write both with vitlib embed")
     content = read_json(names)

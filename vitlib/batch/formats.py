@@ -30,6 +30,7 @@ import numpy as np
 from vitlib.batch.results import Floats, Results
 from vitlib.errors import ConfigError
 from vitlib.system.atomic import open_atomic
+from vitlib.system.requirements import import_extra
 from vitlib.system.terminal import escape_surrogates
 
 Format = Literal["jsonl", "csv", "parquet", "npy", "azure-csv"]
@@ -92,10 +93,7 @@ def check_format(form: str, task: str, top_k: int | None, *, regression: bool = 
     if form == "azure-csv" and task != "classify":
         raise ConfigError(f"azure-csv has labels only: use another format for task {task!r}")
     if form == "parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise ConfigError("parquet needs pyarrow: pip install 'vitlib[parquet]'") from error
+        import_extra("parquet", "pyarrow", "parquet needs pyarrow", "pyarrow.parquet")
     if form in ("npy", "azure-csv") and top_k is not None and task != "embed":
         raise ConfigError(f"{form} has the probabilities of every class: give --top-k all")
 

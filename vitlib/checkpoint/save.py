@@ -305,7 +305,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         path: The file, which does not exist.
         tensors: Contiguous tensors by name.
     """
-    from safetensors.torch import save_file
+    from vitlib.system.requirements import explained_imports
+
+    with explained_imports():
+        from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from vitlib.config import ViTConfig
 from vitlib.config_parts import LEADING_TOKENS
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
 from vitlib.source.locate import WEIGHTS, Source
+from vitlib.system.atomic import expand_home
 from vitlib.vit import ViT
 
 
@@ -111,7 +111,7 @@ class Library:
         The files are the checkpoint's own, or a temporary copy in the library's layout. The model
         is the checkpoint's, or its trunk where the library does not have such a head.
         """
-        path, names = Path(src.name).expanduser(), [file.name for file in src.weights()]
+        path, names = expand_home(src.name), [file.name for file in src.weights()]
         is_native = layout == self.layout and src.file("config.json") is not None
         if self.name == "transformers" and is_native and src.is_hub:
             yield src.name, hub, model

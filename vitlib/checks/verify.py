@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from vitlib.errors import CheckpointError
 from vitlib.image.decode import ImageLike
 from vitlib.predict.runtimes import find_format
 from vitlib.source.locate import Source
+from vitlib.system.atomic import expand_home
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.testing.distance import float32_tolerance, relative_distance
 from vitlib.testing.images import seeded_images, usual_size
@@ -137,7 +137,7 @@ def verify(
 
 def _reference_states(against: str, hub: dict[str, Any], model: ViT, images: Tensor) -> NamedStates:
     """Return the states of another checkpoint; raise CheckpointError where shapes differ."""
-    is_local = Path(against).expanduser().exists()
+    is_local = expand_home(against).exists()
     reference = load(against, **hub | ({} if is_local else {"revision": None})).float()
     cfg, other = model.config, reference.config
     different = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
@@ -12,7 +13,14 @@ from typing import Any
 import click
 
 import vitlib
-from vitlib.cli.printing import echo, fail, flush_output, interrupt_advice, print_help
+from vitlib.cli.printing import (
+    echo,
+    fail,
+    flush_output,
+    interrupt_advice,
+    output_error,
+    print_help,
+)
 from vitlib.cli.verb import SHOWS_ALL, output_options
 from vitlib.errors import VitlibError
 from vitlib.system.cores import respect_quota
@@ -142,7 +150,11 @@ class Verbs(click.Group):
 
 
 @click.command("help")
-@click.argument("verb", required=False)
+@click.argument(
+    "verb",
+    required=False,
+    shell_complete=lambda _ctx, _param, typed: [name for name in VERBS if name.startswith(typed)],
+)
 @click.pass_context
 def help_command(ctx: click.Context, verb: str | None) -> None:
     """Print the help of a verb with every option, or that of vitlib."""
@@ -218,19 +230,30 @@ def _run() -> int:
         return error.exit_code
     except VitlibError as error:
         fail(error)
-    except ImportError as error:
-        from vitlib.system.installation import explain_import_error
-
-        explained = explain_import_error(error)
-        if explained is None:
+    except Exception as error:
+        explained = _explain(error)
+        if not explained:
             raise
         fail(explained)
-    except (MemoryError, RuntimeError) as error:
-        if not is_memory(error):
-            raise
-        first = (str(error).splitlines() or ["no details"])[0]
-        fail(f"out of memory ({first}): a smaller image, --image-size or --batch-size takes less")
     return 1
+
+
+def _explain(error: Exception) -> str:
+    """Explain an error that no code of vitlib raised; "" for one that is a bug."""
+    if is_memory(error):
+        first = (str(error).splitlines() or ["no details"])[0]
+        return f"out of memory ({first}): a smaller image, --image-size or --batch-size takes less"
+    if isinstance(error, OSError) and _is_of_echo(error):
+        return str(output_error(error))
+    from vitlib.system.requirements import explain_import_error
+
+    return str(explain_import_error(error) or "")
+
+
+def _is_of_echo(error: OSError) -> bool:
+    """Return True if click, which prints help and completion by itself, could not print."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__") == "click.utils"
 
 
 def is_memory(error: Exception) -> bool:
@@ -240,4 +263,6 @@ def is_memory(error: Exception) -> bool:
         error: the error.
     """
     phrases = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    return any(phrase in str(error) for phrase in phrases)

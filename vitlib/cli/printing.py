@@ -84,7 +84,7 @@ def print_table(rows: list[tuple[str, str]]) -> None:
     Args:
         rows: (name, value) of each line.
     """
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         echo(f"{name:<{width}}  {value}")
 
@@ -159,11 +159,15 @@ def flush_output() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        raise _output_error(error) from error
+        raise output_error(error) from error
 
 
-def _output_error(error: OSError) -> VitlibError:
-    """Return the error for a stdout that cannot be written, and drop what is still buffered."""
+def output_error(error: OSError) -> VitlibError:
+    """Return the error for a stdout that cannot be written, and drop what is still buffered.
+
+    Args:
+        error: what writing to stdout raised.
+    """
     # Python flushes stdout once more at its end, and would print a second error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     reason = "its reader has ended" if error.errno == errno.EPIPE else error.strerror
@@ -191,7 +195,7 @@ def _write(text: str, *, err: bool, in_json: bool = False) -> None:
     try:
         click.echo(text)
     except OSError as error:
-        raise _output_error(error) from error
+        raise output_error(error) from error
 
 
 def _fits(character: str, encoding: str) -> bool:

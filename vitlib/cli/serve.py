@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,12 +23,16 @@ from vitlib.cli.printing import echo
 from vitlib.cli.verb import Verb, positional_arguments
 from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings
+from vitlib.system.requirements import import_extra
 
 if TYPE_CHECKING:
     from vitlib.predict.predictor import Predictor
 
 F = TypeVar("F", bound=Callable[..., Any])
-NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "python_multipart", "urllib3")
+NEEDED = (
+    *("fastapi", "starlette", "uvicorn", "httptools", "prometheus-client", "python-multipart"),
+    "urllib3",
+)
 
 
 def limit_options(command: F) -> F:
@@ -125,9 +128,8 @@ def serve(
     /score takes requests of Azure's model catalog; / is the page, /docs documents the others.
     """
     options = replace(options, model=options.model or DEFAULT_MODEL)
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise ServeError(f"serving needs {missing[0]}: pip install 'vitlib[serve]'")
+    for package in NEEDED:
+        import_extra("serve", package, f"serving needs {package}", kind=ServeError)
     from vitlib.serve import run
 
     if options.precision == "auto" and options.calibrate is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import click
+from click.shell_completion import CompletionItem
 
 Size = tuple[int, int] | Literal["keep"]
 
@@ -57,3 +58,25 @@ class CountOrAll(click.ParamType):  # type: ignore[type-arg]
         if not (text.isdecimal() and 0 < int(text) < 2**31):
             self.fail(f"{value}: expected a number from 1, or all", param, ctx)
         return int(text)
+
+
+class PathOrName(click.types.StringParamType):
+    """Text that may be a path: shells complete it as a file or folder."""
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[CompletionItem]:
+        """Return what lets the shell complete names of files and folders.
+
+        Args:
+            ctx: context of the command.
+            param: the argument or option.
+            incomplete: text that was typed.
+
+        Returns:
+            One item, which stands for the shell's own completion.
+        """
+        return [CompletionItem(incomplete, type="file")]

@@ -11,15 +11,18 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
 
 from vitlib.cli.printing import echo, print_help, set_quiet
-from vitlib.errors import count_noun
+from vitlib.cli.values import PathOrName
+from vitlib.errors import VitlibError, count_noun
 
 F = TypeVar("F", bound=Callable[..., Any])
 LOADING, GENERAL = "Loading", "General"
+PATHS = ("MODEL", "FILE", "FOLDER")  # placeholders of values that may be paths
 SHOWS_ALL = "vitlib.shows_all"  # in ctx.meta, True if the help lists options of every heading
 # Options of each heading, by the name of their parameter, in the order of the help.
 GROUPS = {
@@ -174,6 +177,10 @@ class Verb(click.Command):
             **settings: as for click.Command.
         """
         super().__init__(*args, **settings)
+        for param in self.params:
+            is_path = isinstance(param, click.Argument) or param.metavar in PATHS
+            if param.type is click.STRING and is_path and param.name != "pattern":
+                param.type = PathOrName()
         self.examples = tuple(examples)
         self.headings = dict(headings or {})
 
@@ -197,18 +204,25 @@ class Verb(click.Command):
         return [*super().get_params(ctx), help_all, *output_options()]
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb, with a torch that vitlib can use.
+        """Run the verb, with packages and a folder that it can use.
 
         Args:
             ctx: context of the command.
 
         Raises:
-            InstallationError: torch is absent or too old.
+            InstallationError: A package that vitlib needs is absent or too old.
+            VitlibError: The current folder was deleted.
         """
+        try:
+            Path.cwd()
+        except OSError as error:  # torch's libraries end the process then
+            raise VitlibError(
+                f"the current folder cannot be used ({error.strerror}): cd to another"
+            ) from error
         if self.name != "doctor":  # which says what else is wrong
-            from vitlib.system.installation import check_torch  # takes longer than all of --help
+            from vitlib.system.requirements import check_core  # takes longer than all of --help
 
-            check_torch()
+            check_core()
         return super().invoke(ctx)
 
     def format_help_text(

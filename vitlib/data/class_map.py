@@ -24,6 +24,7 @@ from vitlib.data.from_csv import FILE_WORDS, LABEL_WORDS, MAX_CELL
 from vitlib.data.photos import LabelledPhotos, join_names, number_duplicates, rename_labels, short
 from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, lines, normalize_label
 from vitlib.errors import DataError
+from vitlib.system.atomic import expand_home
 from vitlib.system.csv_rows import iter_csv_rows
 
 MAX_BYTES = 32 * 2**20
@@ -56,7 +57,7 @@ class ClassMap:
             DataError: for a file that cannot be read, is too large or has another form, and for a
                 label with two classes.
         """
-        file = Path(path).expanduser()
+        file = expand_home(path)
         try:
             size = file.stat().st_size
         except OSError as error:

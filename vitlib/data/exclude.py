@@ -7,12 +7,12 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from vitlib.data.from_csv import FILE_WORDS, MAX_CELL
 from vitlib.data.photos import LabelledPhotos, join_names
 from vitlib.errors import DataError, count_noun
 from vitlib.source.locate import ALWAYS_SHOW
+from vitlib.system.atomic import expand_home
 from vitlib.system.csv_rows import iter_csv_rows
 
 logger = logging.getLogger("vitlib")
@@ -33,7 +33,7 @@ def read_exclusions(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         DataError: The list cannot be read, or has no such column.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise DataError(f"{path}: over {MAX_LIST_BYTES >> 20} MiB: expected a list of photos")

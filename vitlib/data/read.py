@@ -23,6 +23,7 @@ from vitlib.data.gather import Check, OnBadImage, gather
 from vitlib.data.photos import LabelledPhotos, join_names, short_file
 from vitlib.data.rows import FOR_NUMBERS, Rows, parse_number
 from vitlib.errors import ConfigError, DataError
+from vitlib.system.atomic import expand_home
 
 logger = logging.getLogger("vitlib")
 
@@ -68,7 +69,7 @@ def read_photos(
             `labels`, and numbers where classes are expected or the reverse.
         ConfigError: for another on_bad_image or check.
     """
-    path = Path(source).expanduser()
+    path = expand_home(source)
     photos = _read(path, multi_label, on_bad_image, check, regression)
     if class_map is not None:
         photos = ClassMap.read(class_map).apply(photos, labels)
@@ -115,7 +116,7 @@ def read_split(
         read_photos, multi_label=multi_label, on_bad_image=on_bad_image, check=check, labels=labels,
         regression=regression, class_map=class_map,
     )  # fmt: skip
-    path = Path(source).expanduser()
+    path = expand_home(source)
     parts = find_parts(path)
     if parts is None:
         return read(path), None

@@ -32,7 +32,7 @@ from vitlib.predict.calibration import Calibration
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import check_choice
 from vitlib.source.locate import DEMO, resolve_source
-from vitlib.system.atomic import refuse_input
+from vitlib.system.atomic import expand_home, refuse_input
 from vitlib.system.torch_state import isolate_torch_settings
 
 OnBadImage = Literal["fail", "skip"]
@@ -144,7 +144,7 @@ def evaluate(
     notes = (*report.notes, *describe_overlap(model, photos, tune))
     report = replace(report, failed=failed, failed_tuning=failed_tuning, notes=notes)
     if tune is not None and calibration is not None and os.fspath(model):
-        path = Path(resolve_source(model)).expanduser()
+        path = expand_home(resolve_source(model))
         if path.exists() and (path != DEMO or isinstance(model, os.PathLike)):
             report = replace(report, stored=calibration.store(path))
     write_report(report, photos, predictions, scored.errors, predictor.image_processor)

@@ -11,6 +11,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.data.write_list import TRAINING_LIST, VALIDATION_LIST, find_list, read_paths
 from vitlib.errors import VitlibError, count_noun
 from vitlib.source.locate import resolve_source
+from vitlib.system.atomic import expand_home
 
 
 def list_overlap(photos: LabelledPhotos, others: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -66,7 +67,7 @@ def _describe_training(
     model: str | os.PathLike[str], photos: LabelledPhotos, tune: LabelledPhotos | None
 ) -> tuple[str, ...]:
     """Say how many photos of each set trained the model, where finetune listed them beside it."""
-    folder = Path(resolve_source(model)).expanduser() if os.fspath(model) else None
+    folder = expand_home(resolve_source(model)) if os.fspath(model) else None
     listed = find_list(folder, TRAINING_LIST) if folder is not None and folder.is_dir() else None
     if listed is None:
         return ()

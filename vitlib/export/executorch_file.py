@@ -17,6 +17,7 @@ from vitlib.export.prepare import PreparedModel
 from vitlib.export.pt2_file import trace
 from vitlib.predict.exported_info import KEY, parse_info
 from vitlib.predict.runtimes import Array, Runtime
+from vitlib.system.requirements import import_extra
 
 MAX_BATCH = 8  # ExecuTorch plans the memory of the largest input ahead
 
@@ -27,16 +28,10 @@ def check_executorch() -> None:
     Raises:
         ConfigError: It is not, or a library that it needs is not.
     """
-    try:
-        with quiet_exporter():
-            from executorch.backends.xnnpack.partition import xnnpack_partitioner
-            from executorch.runtime import Runtime as Library
-    except (ImportError, OSError) as error:
-        raise ConfigError(
-            f"ExecuTorch files need executorch ({first_line(error)[:80]}): "
-            "pip install 'vitlib[executorch]'"
-        ) from error
-    del xnnpack_partitioner, Library
+    with quiet_exporter():
+        for module in ("backends.xnnpack.partition.xnnpack_partitioner", "runtime"):
+            purpose = "ExecuTorch files need executorch"
+            import_extra("executorch", "executorch", purpose, f"executorch.{module}")
 
 
 def write_executorch(prepared: PreparedModel, folder: Path) -> Path:

@@ -39,7 +39,13 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.predictor import Predictor
 from vitlib.predict.runtimes import VERIFICATION_KEY, Runtime, open_file
-from vitlib.system.atomic import publish_folder, refuse_input, replace_files, staging_folder
+from vitlib.system.atomic import (
+    expand_home,
+    publish_folder,
+    refuse_input,
+    replace_files,
+    staging_folder,
+)
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
@@ -186,7 +192,7 @@ def export_model(
     """
     writer = _get_writer(file_format)
     writer.check()
-    target = _choose_target(Path(os.fspath(out)).expanduser(), file_format)
+    target = _choose_target(expand_home(out), file_format)
     if isinstance(source, str | os.PathLike):
         refuse_input(target, [source])
     check_precision(file_format, settings.precision, calibrate)

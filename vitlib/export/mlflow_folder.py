@@ -24,6 +24,7 @@ from vitlib.errors import CheckpointError, ConfigError
 from vitlib.export.onnx_file import check_onnx, quiet_exporter, write_onnx
 from vitlib.export.prepare import PreparedModel
 from vitlib.image import base64_text, pixels
+from vitlib.system.requirements import import_extra
 
 PACKAGE = "vitlib_exported"  # name of the loader's code in the folder
 DATA = Path("data", "model.onnx")
@@ -44,11 +45,7 @@ def check_mlflow() -> None:
     Raises:
         ConfigError: One is not.
     """
-    try:
-        import mlflow
-    except ImportError as error:
-        raise ConfigError("MLflow folders need mlflow: pip install 'vitlib[mlflow]'") from error
-    del mlflow
+    import_extra("mlflow", "mlflow", "MLflow folders need mlflow")
     check_onnx()
 
 

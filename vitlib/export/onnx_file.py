@@ -14,6 +14,7 @@ import torch
 from vitlib.errors import ConfigError
 from vitlib.export.prepare import PreparedModel
 from vitlib.predict.exported_info import KEY
+from vitlib.system.requirements import import_extra
 
 # 20 is the first with Gelu as one operator; LayerNormalization is one from 17 on.
 OPSETS = range(20, 24)
@@ -26,13 +27,8 @@ def check_onnx() -> None:
     Raises:
         ConfigError: One is not.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript
-    except ImportError as error:
-        raise ConfigError(f"ONNX files need {error.name}: pip install 'vitlib[export]'") from error
-    del onnx, onnxruntime, onnxscript
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        import_extra("export", package, f"ONNX files need {package}")
 
 
 def write_onnx(prepared: PreparedModel, folder: Path) -> Path:

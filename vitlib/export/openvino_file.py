@@ -10,6 +10,7 @@ from vitlib.export.onnx_file import quiet_exporter
 from vitlib.export.prepare import PreparedModel
 from vitlib.export.pt2_file import trace
 from vitlib.predict.exported_info import KEY
+from vitlib.system.requirements import import_extra
 
 _END = "</rt_info>\n</net>"
 
@@ -20,11 +21,7 @@ def check_openvino() -> None:
     Raises:
         ConfigError: It is not.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise ConfigError("OpenVINO files need openvino: pip install 'vitlib[openvino]'") from error
-    del openvino
+    import_extra("openvino", "openvino", "OpenVINO files need openvino")
 
 
 def write_openvino(prepared: PreparedModel, folder: Path) -> Path:

@@ -31,6 +31,7 @@ from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import FAST_FILE as FILE
 from vitlib.source.readers.contents import parts_are_finite
 from vitlib.source.readers.safetensors import read_safetensors
+from vitlib.system.atomic import expand_home
 from vitlib.system.torch_state import isolate_torch_settings, outside_inference_mode
 from vitlib.vit import ViT
 
@@ -48,7 +49,7 @@ def is_optimized_model(source: str | os.PathLike[str]) -> bool:
     Returns:
         True by the file's name alone.
     """
-    path = Path(source).expanduser()
+    path = expand_home(source)
     return path.name == FILE or (path / FILE).is_file()
 
 
@@ -70,7 +71,7 @@ def load(source: str | os.PathLike[str]) -> FastViT:
         CheckpointError: The file is damaged or was changed.
         ConfigError: This machine cannot compute its precision.
     """
-    path = Path(source).expanduser()
+    path = expand_home(source)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise SourceError(

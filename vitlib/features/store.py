@@ -42,7 +42,7 @@ from vitlib.features.parts import (
     to_array,
 )
 from vitlib.source.locate import ALWAYS_SHOW, read_json
-from vitlib.system.atomic import check_writable, open_atomic
+from vitlib.system.atomic import check_writable, expand_home, open_atomic
 
 logger = logging.getLogger("vitlib")
 
@@ -67,7 +67,7 @@ class FeatureStore:
         """
         if max_bytes < 1:
             raise ConfigError(f"max_bytes={max_bytes}: expected 1 or more")
-        self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        self.folder, self.max_bytes = expand_home(folder), max_bytes
         self.is_writable = True  # until a write fails
         _check_folder(self.folder)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from vitlib.errors import ConfigError
 from vitlib.metrics.numpy_backend import TOP, Array, Floats, confidences, reliability, validate
+from vitlib.system.requirements import import_extra
 
 NAN = float("nan")
 MAX_NAMES = 8  # names listed in a note; the others are counted
@@ -123,15 +124,10 @@ def import_sklearn_metrics() -> Any:
         The module sklearn.metrics.
 
     Raises:
-        ConfigError: where scikit-learn is not installed.
+        ConfigError: where scikit-learn is absent, too old or broken.
     """
-    try:
-        from sklearn import metrics
-    except ImportError as error:
-        raise ConfigError(
-            "the metrics of a report need scikit-learn: pip install 'vitlib[eval]'"
-        ) from error
-    return metrics
+    purpose = "the metrics of a report need scikit-learn"
+    return import_extra("eval", "scikit-learn", purpose, "sklearn.metrics")
 
 
 def _single_label_values(

@@ -18,6 +18,7 @@ from vitlib.errors import ConfigError, ImageError
 from vitlib.image.decode import ImageLike, decode
 from vitlib.image.depth import DepthOptions, ignore_warning
 from vitlib.image.processor import ImageProcessor
+from vitlib.system.requirements import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,12 +35,9 @@ def require_matplotlib() -> None:
     """Check that matplotlib can be imported, and import it.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: It is absent, too old or broken.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("pictures need matplotlib: pip install 'vitlib[plot]'") from error
+    import_extra("plot", "matplotlib", "pictures need matplotlib")
 
 
 def new_figure(width: float, height: float) -> Figure:

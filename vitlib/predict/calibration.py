@@ -22,7 +22,7 @@ import numpy.typing as npt
 from vitlib.errors import ConfigError, SourceError, count_noun
 from vitlib.scores import Task, apply_temperature
 from vitlib.source.locate import FAST_FILE, Source
-from vitlib.system.atomic import open_atomic
+from vitlib.system.atomic import expand_home, open_atomic
 
 logger = logging.getLogger("vitlib")
 FILE, FORMAT, VERSION = "calibration.json", "vitlib-calibration", 1
@@ -140,7 +140,7 @@ class Calibration:
         Raises:
             SourceError: There are no weights, or the file cannot be written.
         """
-        path = Path(model).expanduser()
+        path = expand_home(model)
         stored = replace(self, weights=_hash_weights(Source(path)))
         return stored.write(path if path.is_dir() else path.parent)
 

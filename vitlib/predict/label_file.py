@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vitlib.checkpoint.layouts import hf_config
 from vitlib.errors import CheckpointError, SourceError
+from vitlib.system.atomic import expand_home
 
 MAX_BYTES = 2**24
 
@@ -25,7 +26,7 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
     Raises:
         SourceError: The file cannot be read, or does not name every class.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:

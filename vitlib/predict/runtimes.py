@@ -21,6 +21,8 @@ from vitlib.errors import CheckpointError, ConfigError, ImageError, SourceError,
 from vitlib.fast.cpu import this_machine
 from vitlib.predict.exported_info import KEY, MAX_LENGTH, ExportInfo, parse_info
 from vitlib.predict.pt2_archive import check_archive
+from vitlib.system.atomic import expand_home
+from vitlib.system.requirements import import_extra
 
 Array = npt.NDArray[Any]
 VERIFICATION_KEY = "vitlib_verification"  # entry of the report in the metadata of a file
@@ -85,7 +87,7 @@ def open_file(path: str | os.PathLike[str], threads: int | None = None) -> Runti
         ConfigError: The suffix is another, or the runtime is not installed.
         CheckpointError: The runtime cannot open the file.
     """
-    path = Path(os.fspath(path)).expanduser()
+    path = expand_home(path)
     kind = find_format(path)
     if kind is None:
         raise ConfigError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
@@ -125,10 +127,7 @@ def _refuse(path: Path, library: str, error: Exception) -> CheckpointError:
 
 def _open_onnx(path: Path, threads: int) -> Runtime:
     """Open a file with ONNX Runtime."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConfigError(f"{path}: ONNX Runtime runs it: pip install 'vitlib[export]'") from error
+    onnxruntime = import_extra("export", "onnxruntime", f"{path}: ONNX Runtime runs it")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if not this_machine().avx512_vnni:
@@ -190,10 +189,7 @@ def _open_pt2(path: Path, threads: int) -> Runtime:  # noqa: ARG001
 
 def _open_openvino(path: Path, threads: int) -> Runtime:
     """Open an OpenVINO IR."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise ConfigError(f"{path}: OpenVINO runs it: pip install 'vitlib[openvino]'") from error
+    openvino = import_extra("openvino", "openvino", f"{path}: OpenVINO runs it")
     try:
         core = openvino.Core()
         model = core.read_model(os.fspath(path))

@@ -14,6 +14,7 @@ from vitlib.data.from_folder import is_photo, list_visible
 from vitlib.data.photos import join_names
 from vitlib.errors import DataError, count_noun
 from vitlib.source.locate import ALWAYS_SHOW
+from vitlib.system.atomic import expand_home
 
 logger = logging.getLogger("vitlib")
 
@@ -83,7 +84,7 @@ def read_probe_photos(
     try:
         training, test = read_split(data, multi_label=multi_label, on_bad_image=on_bad_image)
     except DataError as error:
-        if _has_no_labels(Path(data).expanduser()):
+        if _has_no_labels(expand_home(data)):
             raise DataError(
                 f"{error}. A probe compares photos by their labels; vitlib audit needs none"
             ) from error

@@ -40,7 +40,10 @@ class HubRepo:
         Raises:
             SourceError: The hub has no such checkpoint or refuses it, or cannot be reached.
         """
-        from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+        from vitlib.system.requirements import explained_imports
+
+        with explained_imports():
+            from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
         try:
             if self._unreachable is None and not self.options["local_files_only"]:

@@ -20,6 +20,7 @@ from vitlib.errors import CheckpointError, SourceError
 from vitlib.source.readers.contents import Part, parts_are_finite
 from vitlib.source.readers.state_dict import select_prefix, strip_wrappers
 from vitlib.source.readers.tensor_file import LORA_ERROR, READABLE, read_tensor_file
+from vitlib.system.atomic import expand_home
 
 if TYPE_CHECKING:
     from vitlib.source.hub import HubRepo
@@ -139,7 +140,7 @@ class Source:
         self._names: dict[str, str] = {}
         self._downloaded: dict[str, Path | None] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
-        path = Path(self.name).expanduser()
+        path = expand_home(self.name)
         self.is_hub = not path.exists()
         self._weights_file = path if path.is_file() else None
         self.is_file = path.is_file()

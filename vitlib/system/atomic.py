@@ -32,6 +32,19 @@ _KINDS = {
 }
 
 
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Replace ~ or ~USER at the start of a path by the home of that user.
+
+    Args:
+        path: A path, or a name that is none, such as a hub id.
+
+    Returns:
+        The path; as it is where no such home is known, where Path.expanduser() would raise
+        RuntimeError.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def resolve_target(path: Path) -> Path:
     """Return the file that a write to `path` replaces.
 
@@ -97,7 +110,7 @@ def refuse_input(
     target = Path(os.path.realpath(out))
     identity = _identity(target)
     for name in inputs:
-        path = Path(name).expanduser()
+        path = expand_home(name)
         if identity is None:
             same = path.name == target.name and path.resolve() == target
         else:

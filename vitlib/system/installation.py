@@ -8,64 +8,24 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from vitlib import MIN_TORCH
-from vitlib.errors import InstallationError, first_line
+import vitlib
+from vitlib.errors import first_line
 from vitlib.system.commit import read_commit
-
-PACKAGE = "vitlib"
-# Modules of packages that have another name; other modules have that of their package.
-MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "huggingface-hub": "huggingface_hub",
-           "pyyaml": "yaml", "prometheus-client": "prometheus_client",
-           "python-multipart": "python_multipart", "ray[data]": "ray",
-           "uvicorn[standard]": "uvicorn"}  # fmt: skip
-_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(\[[^\]]*\])?\s*\(?(?:>=\s*([0-9.]+))?")
-_EXTRA = re.compile(r"extra\s*==\s*['\"]([\w-]+)['\"]")
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """A package that vitlib, or one of its extras, needs.
-
-    Attributes:
-        name: Name to install.
-        minimum: Least version; "" for any.
-        extra: Extra that needs it; "" for vitlib itself.
-        installed: Installed version; "" for none.
-    """
-
-    name: str
-    minimum: str
-    extra: str
-    installed: str
-
-    @property
-    def problem(self) -> str:
-        """Description of what is wrong with it; "" if nothing is."""
-        if not self.installed:
-            return f"{self.name} is not installed"
-        if self.minimum and parse_version(self.installed) < parse_version(self.minimum):
-            return f"{self.name} {self.installed} is installed, {self.minimum} or later is needed"
-        return ""
-
-    @property
-    def command(self) -> str:
-        """Command that mends it."""
-        if self.extra:
-            return f"pip install 'vitlib[{self.extra}]'"
-        return (
-            f"pip install '{self.name}>={self.minimum}'"
-            if self.minimum
-            else (f"pip install {self.name}")
-        )
+from vitlib.system.requirements import (
+    PACKAGE,
+    Requirement,
+    install_command,
+    list_core,
+    list_extras,
+)
 
 
 @dataclass(frozen=True)
@@ -91,142 +51,86 @@ class Installation:
         return asdict(self)
 
 
-def parse_version(text: str) -> tuple[int, ...]:
-    """Parse the numbers of a version, up to the first part that is none.
-
-    Args:
-        text: A version, such as 2.13.0+cpu.
-
-    Returns:
-        The numbers, without zeros at the end.
-    """
-    numbers = []
-    for part in text.split("+")[0].split("."):
-        digits = re.match(r"\d+", part)
-        if digits is None:
-            break
-        numbers.append(int(digits[0]))
-        if digits[0] != part:  # 2.13.0rc1
-            break
-    while numbers and not numbers[-1]:
-        numbers.pop()
-    return tuple(numbers)
-
-
-def installed_version(name: str) -> str:
-    """Return the installed version of a package; "" for none.
-
-    Args:
-        name: Name of the package.
-    """
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def list_requirements() -> list[Requirement]:
-    """List what vitlib and its extras need, as the installed package states it.
-
-    Returns:
-        The requirements; empty where vitlib runs without being installed.
-    """
-    try:
-        stated = metadata.requires(PACKAGE) or []
-    except metadata.PackageNotFoundError:
-        return []
-    requirements = []
-    for text in stated:
-        match, extra = _REQUIREMENT.match(text), _EXTRA.search(text)
-        if match is not None:
-            name, _, minimum = match.groups()
-            requirements.append(
-                Requirement(name, minimum or "", extra[1] if extra else "", installed_version(name))
-            )
-    return requirements
-
-
-@cache  # an error is not remembered
-def check_torch() -> None:
-    """Check that torch is installed and new enough, without importing it.
-
-    Raises:
-        InstallationError: It is absent or too old.
-    """
-    torch = Requirement("torch", MIN_TORCH, "", installed_version("torch"))
-    # A torch without metadata, such as one of a frozen program, is left to its import.
-    if torch.problem and (torch.installed or "torch" not in sys.modules):
-        raise InstallationError(f"{torch.problem}: {torch.command}")
-
-
-def explain_import_error(error: Exception) -> InstallationError | None:
-    """Turn an error of importing a package that vitlib needs into one line.
-
-    Args:
-        error: An ImportError; or an AttributeError, as an old torch may raise it.
-
-    Returns:
-        An error that says what to do; None for a package of someone else.
-    """
-    if isinstance(error, AttributeError):
-        try:
-            check_torch()
-        except InstallationError as problem:
-            return problem
-        return None
-    module = (getattr(error, "name", None) or "").split(".")[0]
-    for requirement in list_requirements():
-        if requirement.extra or MODULES.get(requirement.name, requirement.name) != module:
-            continue
-        if requirement.problem:
-            return InstallationError(f"{requirement.problem}: {requirement.command}")
-        return InstallationError(
-            f"{requirement.name} {requirement.installed} cannot be imported "
-            f"({first_line(error)[:200]}): pip install --force-reinstall {requirement.name}"
-        )
-    return None
-
-
 def examine() -> Installation:
     """Describe this installation.
 
     Returns:
         The description.
     """
-    requirements = list_requirements()
-    core = [requirement for requirement in requirements if not requirement.extra]
-    problems = [f"{r.problem}: {r.command}" for r in core if r.problem]
-    if not requirements:
-        problems.append(f"{PACKAGE} runs without being installed: pip install .")
-    versions = {PACKAGE: installed_version(PACKAGE), "commit": read_commit() or "unknown"}
+    core = list_core()
+    problems = [f"{r.problem}: {install_command([r])}" for r in core if r.problem]
+    versions = {PACKAGE: vitlib.__version__, "commit": read_commit() or "unknown"}
     versions["Python"] = platform.python_version()
     versions |= {r.name: r.installed or "absent" for r in core}
-    machine = {"system": platform.platform(), "processor": platform.machine()}
+    folder = Path(vitlib.__file__).parent
+    machine = {"folder": str(folder), "interpreter": sys.executable}
+    machine |= {"system": platform.platform(), "processor": platform.machine()}
     notes: list[str] = []
-    for requirement in core:
-        if not requirement.problem:
-            problems += _try_import(requirement)
-    if not any(problem.startswith("torch") for problem in problems):
-        problems += _examine_torch(machine, notes)
+    problems += _examine_copies(folder, notes)
+    broken = {r.name for r in core if r.problem}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a numpy that a problem names
+        for requirement in sorted(core, key=lambda r: r.name != "numpy"):  # torch imports numpy
+            problem = "" if requirement.name in broken else _try_import(requirement)
+            if problem:
+                broken.add(requirement.name)
+            if problem and (requirement.name != "torch" or "numpy" not in broken):
+                problems.append(problem)
+        if not broken & {"torch", "numpy"}:
+            problems += _examine_torch(machine, notes)
     machine["cache of the hub"] = _describe_cache(notes)
-    return Installation(
-        versions, machine, _describe_extras(requirements), tuple(problems), tuple(notes)
-    )
+    extras = _describe_extras(list_extras())
+    return Installation(versions, machine, extras, tuple(problems), tuple(notes))
 
 
-def _try_import(requirement: Requirement) -> Iterator[str]:
-    """Yield why a package cannot be imported."""
-    try:
-        import_module(MODULES.get(requirement.name, requirement.name))
-    except Exception as error:  # a broken package may raise anything
+def _examine_copies(folder: Path, notes: list[str]) -> Iterator[str]:
+    """Yield what is wrong with the files of vitlib itself; note another copy of them."""
+    if not folder.is_dir():
         yield (
-            f"{requirement.name} {requirement.installed} cannot be imported "
-            f"({type(error).__name__}: {first_line(error)[:200]}): "
-            f"pip install --force-reinstall {requirement.name}"
+            f"{PACKAGE} runs from an archive, {folder.parent}, where its tables and the model demo "
+            "cannot be read: unpack it, or pip install ."
+        )
+        return
+    try:
+        distribution = metadata.distribution(PACKAGE)
+    except metadata.PackageNotFoundError:
+        yield f"{PACKAGE} runs without being installed: pip install ."
+        return
+    other = Path(str(distribution.locate_file(PACKAGE)))  # absent where it is editable
+    is_other = other.is_dir() and other.resolve() != folder.resolve()
+    if is_other or distribution.version != vitlib.__version__:
+        notes.append(
+            f"{PACKAGE} {distribution.version} is installed in {other.parent}, and "
+            f"{vitlib.__version__} of {folder} runs: install it again, or see PYTHONPATH"
         )
 
 
+def _try_import(requirement: Requirement) -> str:
+    """Import a package and return why that fails; "" where it does not."""
+    try:
+        module = import_module(requirement.module)
+        if getattr(module, "__file__", None) is None:
+            raise ImportError("its folder has no code")
+    except Exception as error:  # a broken package may raise anything
+        return requirement.explain_failure(error)
+    return ""
+
+
 def _examine_torch(machine: dict[str, str], notes: list[str]) -> Iterator[str]:
+    """Describe torch's devices and yield what keeps torch from working."""
+    import torch
+
+    try:
+        yield from _describe_devices(machine, notes)
+    except Exception as error:  # half of its files may be of another version
+        version = getattr(torch, "__version__", "of unknown version")
+        yield (
+            f"torch {version} does not work ({type(error).__name__}: {first_line(error)[:200]}): "
+            "pip install --force-reinstall torch"
+        )
+
+
+def _describe_devices(machine: dict[str, str], notes: list[str]) -> Iterator[str]:
     """Describe torch's devices and yield what keeps torch from working with numpy."""
     import numpy as np
     import torch
@@ -256,10 +160,12 @@ def _describe_cache(notes: list[str]) -> str:
     """Describe the folder that checkpoints of the hub are stored in."""
     try:
         from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
-    except ImportError:
+    except Exception:  # it is broken, which a problem says
         return "unknown"
     folder = Path(HF_HUB_CACHE)
-    above = next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
+    above = next(
+        (path for path in (folder, *folder.parents) if os.access(path, os.F_OK)), Path("/")
+    )
     if not os.access(above, os.W_OK):
         notes.append(f"{folder} cannot be written: hub ids need HF_HOME=, a folder of yours")
     return f"{folder}{', offline' * bool(HF_HUB_OFFLINE)}"
@@ -269,7 +175,7 @@ def _describe_extras(requirements: list[Requirement]) -> dict[str, str]:
     """Describe each extra: installed, or what it lacks and the command."""
     extras: dict[str, list[Requirement]] = {}
     for requirement in requirements:
-        if requirement.extra and requirement.extra not in ("dev", "docs"):
+        if requirement.extra not in ("dev", "docs"):
             extras.setdefault(requirement.extra, []).append(requirement)
     described = {}
     for name, parts in sorted(extras.items()):

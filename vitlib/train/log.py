@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vitlib.errors import ConfigError
 from vitlib.system.atomic import open_atomic
+from vitlib.system.requirements import import_extra
 
 LINES, TABLE = "metrics.jsonl", "metrics.csv"
 
@@ -116,8 +116,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 def _import_writer() -> Any:
     """Return TensorBoard's SummaryWriter, or raise ConfigError."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("tensorboard=true needs it: pip install 'vitlib[tensorboard]'") from error
-    return SummaryWriter
+    purpose = "tensorboard=true needs it"
+    return import_extra(
+        "tensorboard", "tensorboard", purpose, "torch.utils.tensorboard"
+    ).SummaryWriter

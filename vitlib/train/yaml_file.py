@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from vitlib.errors import ConfigError
+from vitlib.system.requirements import import_extra
 
 MAX_DEPTH = 8  # a part, a setting and a list are three
 
@@ -28,10 +29,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         ConfigError: PyYAML is not installed, or the text is no mapping in this subset of YAML. The
             message names the line.
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConfigError("settings files need PyYAML: pip install 'vitlib[train]'") from error
+    yaml = import_extra("train", "pyyaml", "settings files need PyYAML")
     try:
         values = yaml.load(text, _create_loader(yaml))
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitlib.checkpoint.save import write_tensors
 from vitlib.errors import CheckpointError, ConfigError, SourceError
-from vitlib.system.atomic import check_writable, replace_files, staging_folder
+from vitlib.system.atomic import check_writable, expand_home, replace_files, staging_folder
 from vitlib.vendor.file import write_source
 from vitlib.vendor.pinned import list_sizes, pixels, write_test
 from vitlib.vit import ViT
@@ -74,7 +74,7 @@ def write(
         CheckpointError: The file would give other outputs than the model; nothing is written.
     """
     check_parts(model)
-    source = Path(into).expanduser()
+    source = expand_home(into)
     if source.suffix != ".py" or not source.stem.isidentifier() or iskeyword(source.stem):
         raise SourceError(f"{source}: expected a file that Python can import, such as vit.py")
     weights, test = source.with_suffix(".safetensors"), source.with_name(f"test_{source.name}")

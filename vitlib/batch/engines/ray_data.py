@@ -27,6 +27,7 @@ from vitlib.batch.results import Results
 from vitlib.batch.worker import DecodedImage, Worker, decode_item
 from vitlib.errors import BatchError, ConfigError, first_line
 from vitlib.image.decode import ImageLike
+from vitlib.system.requirements import import_extra
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a cluster that this process starts
 WINDOW = 1_000_000  # inputs of one pipeline, at most
@@ -103,10 +104,7 @@ def check_cluster(address: str | None) -> None:
     Raises:
         ConfigError: where one of them fails.
     """
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("engine ray needs it: pip install 'vitlib[ray]'") from error
+    import_extra("ray", "ray", "engine ray needs it", "ray.data")
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
         return  # a word of Ray's own, such as auto

@@ -35,6 +35,7 @@ from vitlib.data.locate_photos import find_photo
 from vitlib.errors import SourceError
 from vitlib.image.base64_text import is_data_url
 from vitlib.system.csv_rows import iter_csv_rows
+from vitlib.system.requirements import import_extra
 
 IsNeeded = Callable[[int], bool]  # True for rows of a list whose bytes will be read
 COLUMNS = (
@@ -152,13 +153,9 @@ def iter_parquet_items(
         SourceError: for a file that is not Parquet, has no such column, or without pyarrow.
     """
     base = root or str(Path(path).parent)
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise SourceError(
-            f"{path}: Parquet needs pyarrow: pip install 'vitlib[parquet]'"
-        ) from error
+    purpose = f"{path}: Parquet needs pyarrow"
+    pa = import_extra("parquet", "pyarrow", purpose, kind=SourceError)
+    parquet = import_extra("parquet", "pyarrow", purpose, "pyarrow.parquet", SourceError)
     origin = file_fingerprint(path)
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:

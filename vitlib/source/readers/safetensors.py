@@ -40,7 +40,10 @@ def read_safetensors(path: Path) -> Contents:
     Raises:
         CheckpointError: The file is damaged, or of another kind.
     """
-    from safetensors import safe_open
+    from vitlib.system.requirements import explained_imports
+
+    with explained_imports():
+        from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}
     parts: dict[str, Part] = {}
