@@ -152,6 +152,18 @@ def test_arch_of_training_checkpoint_decides(tmp_path: Path) -> None:
         vitlib.load(save_as("my_model"), layout="timm")
 
 
+def test_checkpoint_of_timms_training_runs_as_timms(tmp_path: Path) -> None:
+    """A wrapper alone is a mark of the original code, whose rule of positions is another."""
+    tensors = load_file(save_bare(small_model(embed_dim=192, num_heads=3), tmp_path))
+    for arch, rule in (
+        ("vit_tiny_patch16_224", "bicubic_antialias"),
+        ("my_model", "bicubic_offset"),
+    ):
+        path = tmp_path / f"{arch}.pth.tar"
+        torch.save({"epoch": 1, "arch": arch, "state_dict": tensors, "version": 2}, path)
+        assert vitlib.load(path).config.positions.resize == rule
+
+
 def test_vit_small_of_moco_v3_needs_num_heads(tmp_path: Path) -> None:
     tensors = load_file(save_bare(small_model(embed_dim=384, num_heads=6), tmp_path))
     path = tmp_path / "linear.pth.tar"

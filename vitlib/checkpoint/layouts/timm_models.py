@@ -245,6 +245,16 @@ def is_naflex_name(name: str) -> bool:
     return model is not None and model.position_resize is not None
 
 
+def is_timm_name(name: str) -> bool:
+    """Return True if timm has an architecture of this name, computed by vitlib or not.
+
+    Args:
+        name: A current or older name, with or without a tag, or any other.
+    """
+    bare = normalize_name(name)
+    return "/" not in bare and bare in _models()[0]
+
+
 def list_architectures() -> tuple[Architecture, ...]:
     """Return every architecture of timm, also those that vitlib does not compute."""
     return tuple(_models()[0].values())
