@@ -2,8 +2,8 @@
 
 How data flows: the prepared model (prepare.py) -> the writer of the format, into a hidden folder
 beside the target -> the file opened by its own runtime and compared on photos (verification.py) ->
-the report into the file's metadata and a JSON beside it -> the target's name. A file that differs is
-deleted.
+the report into the file's metadata and a JSON beside it -> the target's name. A file that differs
+is deleted.
 """
 
 from __future__ import annotations
