@@ -31,7 +31,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_evaluation_is_a_line_and_the_end_a_table(run_cli: Run, workplace: Path) -> None:
-    command = ("finetune", "photos", "-m", "demo", "--no-auto", "--lr", 1e-3, "--batch-size", 3)
+    command = ("finetune", "photos", "-m", "demo", "--lr", 1e-3, "--batch-size", 3)
     status, out, err = run_cli(*command, "--epochs", 4, "-o", "a")
     assert status == 0
     lines = err.splitlines()

@@ -160,11 +160,7 @@ def test_chosen_run_of_few_photos(
     right = vitlib.Predictor.load("a").classify(sorted(map(str, Path("photos").rglob("*.jpg"))))
     assert [p[0].label for p in right] == ["cat"] * 4 + ["dog"] * 4
     # One setting of the training, and the usual defaults apply.
-    status, _, err = run_cli("finetune", "photos", "-m", "demo", "-o", "b", "--epochs", 1)
-    assert err.startswith(
-        "settings given (num_train_epochs): the others are the defaults of --help"
-    )
-    assert "--validation SET" not in err
+    run_cli("finetune", "photos", "-m", "demo", "-o", "b", "--epochs", 1)
     settings = json.loads(Path("b/run.json").read_text())["config"]
     assert (settings["tune"]["linear_probe"], settings["run"]["validation_split"]) == (False, 0.2)
 

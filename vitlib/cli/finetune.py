@@ -335,24 +335,9 @@ def _read_settings(
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
     changes = {name: value for name, value in flags.items() if value is not None}
-    if file is None and not run and not from_scratch:
-        _say_choice(changes)
-    return config.with_changes(changes) if changes else config
-
-
-def _say_choice(changes: dict[str, Any]) -> None:
-    """Let the photos choose where no setting does; else say that they do not."""
-    given = sorted(changes.keys() - NEUTRAL)
-    if not given:
+    if file is None and not run and not from_scratch and changes.keys() <= NEUTRAL:
         changes.setdefault("auto", True)
-    elif "auto" not in changes:
-        hint = "; --validation SET holds photos out beside a choice"
-        echo(
-            f"settings given ({', '.join(given)}): the others are the defaults of --help, and not "
-            f"chosen by the photos{hint if 'validation_split' in given else ''} (--no-auto leaves "
-            "this line out)",
-            err=True,
-        )
+    return config.with_changes(changes) if changes else config
 
 
 def _rows(result: Finetuned) -> list[tuple[str, str]]:
