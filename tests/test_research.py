@@ -84,6 +84,20 @@ def test_lora_option_of_page_exists() -> None:
     assert "lora_r" in Tuning.__dataclass_fields__
 
 
+def test_block_of_ones_own_runs_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = run("A block of your own", monkeypatch)
+    model, pixels = names["replaced"], names["pixels"]
+    model.blocks[5] = names["TokensOnly"](torch.nn.Identity())  # the last one, with num_queries
+    with torch.inference_mode():
+        logits = model(pixels)
+        assert distance(model.forward_head(model.forward_features(pixels)), logits) < 1e-6
+        fast = vitlib.optimize(model)
+        assert distance(fast(pixels), logits) < 1e-5
+    assert "blocks.2" in fast.unoptimized_modules
+    with pytest.raises(vitlib.VitlibError, match=r"blocks\.2"):
+        vitlib.save(model, tmp_path / "out")
+
+
 def test_prompts_are_the_only_new_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = run("Visual prompts", monkeypatch)
     model = names["prompted"].eval()

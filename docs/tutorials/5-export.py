@@ -45,7 +45,7 @@ os.chdir(tempfile.mkdtemp())  # all files of this tutorial go to a new folder
 #
 # `to_onnx` writes the file and opens it with ONNX Runtime. It computes photos one, two and five at
 # a time, and compares every output with the model's. A file that differs is deleted. The
-# comparison is kept beside the file, in `export.json`.
+# comparison is kept beside the file, in `model.onnx.json`.
 
 # %%
 report = export.to_onnx("demo", "fp32/model.onnx")

@@ -18,7 +18,7 @@ from fixtures.batch_runs import (
 )
 from fixtures.synthetic_photos import DEMO, make_photo, write_photos
 from vitlib import Predictor, batch
-from vitlib.errors import BatchError, SourceError
+from vitlib.errors import BatchError, ConfigError, SourceError
 
 
 @pytest.mark.parametrize("change", ["written", "gone", "new", "renamed", "complete"])
@@ -85,6 +85,15 @@ def test_other_options_are_refused(
         k: v for k, v in before.items() if "ignored" not in k
     }
     batch.run(tmp_path / "in", model=vit, out=out)
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.parquet"])
+def test_name_of_a_file_is_refused(tmp_path: Path, vit: Predictor, name: str) -> None:
+    write_photos(tmp_path / "in", 1)
+    form = name.partition(".")[2]
+    with pytest.raises(ConfigError, match=f"such as 'labels'; .*--format {form}. writes {form}"):
+        batch.run(tmp_path / "in", model=vit, out=tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_missing_part_is_written_again(tmp_path: Path, vit: Predictor) -> None:

@@ -152,6 +152,34 @@ def test_arch_of_training_checkpoint_decides(tmp_path: Path) -> None:
         vitlib.load(save_as("my_model"), layout="timm")
 
 
+def test_checkpoint_of_timms_training_runs_as_timms(tmp_path: Path) -> None:
+    """A wrapper alone is a mark of the original code, whose rule of positions is another."""
+    tensors = load_file(save_bare(small_model(embed_dim=192, num_heads=3), tmp_path))
+    for arch, rule in (
+        ("vit_tiny_patch16_224", "bicubic_antialias"),
+        ("my_model", "bicubic_offset"),
+    ):
+        path = tmp_path / f"{arch}.pth.tar"
+        torch.save({"epoch": 1, "arch": arch, "state_dict": tensors, "version": 2}, path)
+        assert vitlib.load(path).config.positions.resize == rule
+
+
+def test_name_of_timm_states_the_preprocessing(tmp_path: Path) -> None:
+    """As timm's create_model(name, checkpoint_path=...) takes it from the default weights."""
+    file = save_bare(small_model(embed_dim=192, num_heads=3), tmp_path)
+    trained = tmp_path / "last.pth.tar"
+    torch.save({"arch": "deit_tiny_patch16_224", "state_dict": load_file(file)}, trained)
+    half, imagenet = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
+    for path, name, mean in (
+        (file, None, half),
+        (file, "vit_tiny_patch16_224", half),
+        (file, "deit_tiny_patch16_224", imagenet),
+        (trained, None, imagenet),
+        (trained, "vit_tiny_patch16_224.augreg_in21k", half),
+    ):
+        assert vitlib.load(path, architecture=name).image_processor.image_mean == mean
+
+
 def test_vit_small_of_moco_v3_needs_num_heads(tmp_path: Path) -> None:
     tensors = load_file(save_bare(small_model(embed_dim=384, num_heads=6), tmp_path))
     path = tmp_path / "linear.pth.tar"

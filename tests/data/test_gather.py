@@ -37,7 +37,7 @@ def test_bad_photos_are_named_in_one_error(
     )
     assert "x.png" not in message
     assert "… (6 in all). Repair" in message
-    assert "on_bad_image='skip' (--on-bad-image skip)" in message
+    assert "on_bad_image='skip' (--on-bad-image skip). Paths start at /" in message
     with pytest.raises(DataError, match=r": 4 of 8 photos cannot be used: line 5: "):
         csv(text, check="none")
 

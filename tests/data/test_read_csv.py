@@ -164,6 +164,10 @@ def test_csv_rejects_bad_lines(csv: Callable[..., LabelledPhotos], text: Any, ma
         ("a.png,can\nb.png,ice\nc.png,can;ice\n", r"'can;ice' looks like several labels"),
         ("f,can,ice\na.png,1,0\n", r"line 1 has 3 columns"),
         (
+            "id,file,tags\n1,a.png,can\n",
+            r"'can' in the column 'tags'.*is named label in the header",
+        ),
+        (
             "file,can,ice\na.png,1,0\na.png,0,1\n",
             r"'a.png' has the label can in line 2 and ice in ",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_target_that_exists_is_kept(name: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"{name} exists: name another folder"):
         to_pt2(tiny("vit"), tmp_path, image_processor=PROCESSOR)
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_files_of_one_folder_have_reports_of_their_own(tmp_path: Path) -> None:
+    model = tiny("vit")
+    to_pt2(model, tmp_path / "a.pt2", image_processor=PROCESSOR)
+    to_pt2(model, tmp_path / "b.pt2", image_processor=PROCESSOR)
+    names = ["a.pt2", "a.pt2.json", "b.pt2", "b.pt2.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert json.loads((tmp_path / "a.pt2.json").read_text())["file"] == "a.pt2"
+    with pytest.raises(SourceError, match=r"a\.pt2 exists: name another file, or delete it"):
+        to_pt2(model, tmp_path / "a.pt2", image_processor=PROCESSOR)
 
 
 def test_suffix_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def test_positions_of_another_size_are_in_the_file(family: str, tmp_path: Path) 
 def test_file_has_single_operators_labels_and_preprocessing(tmp_path: Path) -> None:
     model = tiny("vit", depth=2, labels=tuple("abcde"), problem_type="multi_label_classification")
     report = export(model, tmp_path / "a.onnx", outputs=["logits", "embedding"])
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.onnx", "export.json"]
-    stored = json.loads((tmp_path / "export.json").read_text())
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.onnx", "a.onnx.json"]
+    stored = json.loads((tmp_path / "a.onnx.json").read_text())
     assert stored == report.as_dict()
     proto = onnx.load(tmp_path / "a.onnx")
     counts = [node.op_type for node in proto.graph.node]

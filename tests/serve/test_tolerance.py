@@ -201,6 +201,13 @@ def test_invalid_compressed_body_is_refused(
         assert answer.headers["accept-encoding"] == "gzip, deflate, identity"
 
 
+@pytest.mark.parametrize("kind", [None, "image/png", JSON])
+def test_empty_body_may_become_a_photo_or_json(server: Server, kind: str | None) -> None:
+    answer = server.request("/classify", b"", kind)
+    assert (answer.status, answer.code) == (400, "bad_request")
+    assert b"the body is empty: expected a photo or JSON" in answer.body
+
+
 def test_cors_headers_name_allowed_origins(server: Server) -> None:
     preflight = server.raw(
         b"OPTIONS /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: "

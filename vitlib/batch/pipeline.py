@@ -129,6 +129,7 @@ def run(
         task, top_k, format, batch_size, shard_size, workers, max_errors,
     )  # fmt: skip
     _check_engine(engine, address)
+    _check_name(folder)
     refuse_input(folder, names if root is None else (*names, root))
     rank, world = _rank()
     options.check(read_earlier_run(folder), folder)
@@ -165,6 +166,16 @@ def _check_kinds(names: object, out: object, root: object, column: object) -> No
             raise ConfigError(f"{name}={value!r}: expected a path, or for source a list of them")
     if not isinstance(column, str | None):
         raise ConfigError(f"column={column!r}: expected a name")
+
+
+def _check_name(out: Path) -> None:
+    """Raise ConfigError for the name of a part file, since a run makes a folder of them."""
+    form = out.suffix.lower().removeprefix(".")
+    if form in get_args(Format) and not out.is_dir():
+        raise ConfigError(
+            f"out={str(out)!r} is the name of a file: expected that of a folder, such as "
+            f"{out.stem!r}; format={form!r} (--format {form}) writes {form} files into it"
+        )
 
 
 def _check_engine(engine: str, address: str | None) -> None:

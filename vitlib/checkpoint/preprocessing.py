@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from vitlib.checkpoint.families import get_family
-from vitlib.checkpoint.layouts import torchvision
+from vitlib.checkpoint.layouts import timm_models, torchvision
 from vitlib.checkpoint.read import Checkpoint
 from vitlib.errors import ConfigError
 from vitlib.image import configs
+from vitlib.image.configs.fields import CLIP_STATS, HALF_STATS, IMAGENET_STATS, Stats
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import Source
+
+# Mean and std by the words of timm_models.csv.
+_STATS: Mapping[str, Stats] = {
+    "half": HALF_STATS,
+    "imagenet": IMAGENET_STATS,
+    "clip": CLIP_STATS,
+    "zero": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 
 
 def has_assumed_preprocessing(src: Source, checkpoint: Checkpoint) -> bool:
@@ -64,9 +76,31 @@ def read_image_processor(
     code = get_family(cfg.family).original
     if checkpoint.layout.name == "meta" and code is not None:
         kind = code.choose_transform(cfg)
+    rule = _find_timm_rule(checkpoint.architecture or src.arch) if own == "timm" else None
+    if rule is not None:
+        return ImageProcessor(**configs.timm_fields(rule | {"input_size": (3, *cfg.image_size)}))
     if checkpoint.layout.name == "torchvision":
         kind = torchvision.choose_preprocessing(cfg, checkpoint.architecture)
     return ImageProcessor.from_profile(own, kind, cfg.image_size)
+
+
+def _find_timm_rule(name: str | None) -> dict[str, Any] | None:
+    """Return keys of timm's `pretrained_cfg` for an architecture: those of its default weights.
+
+    None for a name that is not timm's, and for a tag where tags differ.
+    """
+    model = None if name is None else timm_models.find_architecture(name)
+    words = [] if model is None else model.preprocessing.split()
+    if name is None or not words or ("*" in words and "." in name):
+        return None
+    stats, crop_pct, crop_mode, interpolation = words[:4]
+    rule = dict(zip(("mean", "std"), _STATS[stats], strict=True))
+    return {
+        **rule,
+        "crop_pct": float(crop_pct),
+        "crop_mode": crop_mode,
+        "interpolation": interpolation,
+    }
 
 
 def _read_recipe(checkpoint: Checkpoint) -> ImageProcessor | None:

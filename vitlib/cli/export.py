@@ -120,8 +120,8 @@ def export(
     MODEL is a hub id, a folder or a weights file. The file takes batches of any size, and contains
     labels, task and preprocessing. It is opened by its own runtime and gets photos in batches of 1,
     2 and 5. Where an output differs from the model's, nothing is written and the exit status is 1,
-    unless --allow-drift is given. export.json beside the file has the numbers. vitlib's other verbs
-    take the file as MODEL.
+    unless --allow-drift is given. A JSON beside the file (vit.onnx.json; in a folder export.json)
+    has the numbers. vitlib's other verbs take the file as MODEL.
     """
     if image_size == "keep":
         raise click.UsageError("--image-size keep: expected a size; --dynamic-size takes any")

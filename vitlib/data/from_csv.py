@@ -201,7 +201,8 @@ class CsvRows:
                 raise self._error(
                     number,
                     f"has {short(cell)!r} in the column {short(header.names[index])!r}: expected 1 "
-                    f"(in the photo), 0 (not), empty or -1 (unknown); {FOR_NUMBERS}",
+                    f"(in the photo), 0 (not), empty or -1 (unknown); a column of labels is named "
+                    f"label in the header; {FOR_NUMBERS}",
                 )
         return Row(number, cells[header.file], tuple(labels), "columns", tuple(unknown))
 

@@ -298,7 +298,7 @@ class _Gatherer:
             raise DataError(
                 f"{self.source}: {self.failures.count} of {self.rows} photos cannot be used: "
                 f"{'; '.join(names)}{more}. Repair or remove them, or leave them out with "
-                "on_bad_image='skip' (--on-bad-image skip)"
+                f"on_bad_image='skip' (--on-bad-image skip). Paths start at {self.folders[0]}"
             )
         if not self.photo_rows:
             if self.rows:

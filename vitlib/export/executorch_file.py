@@ -106,7 +106,7 @@ def skip_metadata(path: Path, key: str, text: str) -> None:
 
     Args:
         path: The .pte file.
-        key: Name of the entry, which export.json alone has.
+        key: Name of the entry, which only the JSON beside the file has.
         text: Its text.
     """
     del path, key, text

@@ -2,8 +2,8 @@
 
 How data flows: the prepared model (prepare.py) -> the writer of the format, into a hidden folder
 beside the target -> the file opened by its own runtime and compared on photos (verification.py) ->
-the report into the file's metadata and export.json -> the target's name. A file that differs is
-deleted.
+the report into the file's metadata and a JSON beside it -> the target's name. A file that differs
+is deleted.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _get_writer(file_format: str) -> FileWriter:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The result of an export; `as_dict` is what export.json holds.
+    """The result of an export; `as_dict` is what the JSON beside the file holds.
 
     Attributes:
         path: The written file.
@@ -170,9 +170,9 @@ def export_model(
 
     Args:
         source: A model, a Predictor, a hub id, a folder or a weights file.
-        out: The file to write, with the suffix of its format; or a folder, which gets model.onnx
-            (model.pt2, model.xml, model.pte). export.json is written beside it. For "mlflow" a
-            folder that does not exist, which gets export.json too.
+        out: The file to write, with the suffix of its format, and the report beside it
+            (vit.onnx.json); or a folder, which gets model.onnx (model.pt2, model.xml, model.pte)
+            and export.json. For "mlflow" a folder that does not exist.
         file_format: "onnx", "pt2", "openvino", "mlflow" or "executorch".
         settings: Choices of the export.
         image_processor: The preprocessing; None is the model's own.
@@ -192,7 +192,7 @@ def export_model(
     """
     writer = _get_writer(file_format)
     writer.check()
-    target = _choose_target(expand_home(out), file_format)
+    target, report_name = _choose_target(expand_home(out), file_format)
     if isinstance(source, str | os.PathLike):
         refuse_input(target, [source])
     check_precision(file_format, settings.precision, calibrate)
@@ -220,7 +220,7 @@ def export_model(
         text = json.dumps(report.as_dict(), indent=2)
         writer.add_metadata(path, VERIFICATION_KEY, text)
         folder = staging / "model" if writer.is_folder else staging
-        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        (folder / report_name).write_text(text + "\n", encoding="utf-8")
         if writer.is_folder:
             publish_folder(folder, target)
             return report
@@ -230,22 +230,26 @@ def export_model(
     return report
 
 
-def _choose_target(out: Path, file_format: str) -> Path:
-    """Return the main file to write; raise SourceError where it or the report exists."""
+def _choose_target(out: Path, file_format: str) -> tuple[Path, str]:
+    """Return the main file to write and its report's name; raise SourceError if one exists."""
     if file_format not in SUFFIXES:
         if out.exists():
             raise SourceError(f"{out} exists: name a folder that does not, or delete it first")
-        return out
+        return out, REPORT
     suffix = SUFFIXES[file_format]
     other = next((s for s in SUFFIXES.values() if s == out.suffix.lower() != suffix), None)
     if other is not None:
         raise ConfigError(f"{out}: expected a name that ends in {suffix}, the format {file_format}")
-    target = out if out.suffix.lower() == suffix else out / f"model{suffix}"
+    is_file = out.suffix.lower() == suffix
+    target = out if is_file else out / f"model{suffix}"
+    # Files of several exports can be in one folder, each with its own report.
+    report_name = f"{out.name}.json" if is_file else REPORT
     companions = [target.with_suffix(".bin")] if file_format == "openvino" else []
-    for path in (target, target.with_name(REPORT), *companions):
+    for path in (target, target.with_name(report_name), *companions):
         if path.exists():
-            raise SourceError(f"{path} exists: name another folder, or delete it first")
-    return target
+            other_name = "file" if is_file else "folder"
+            raise SourceError(f"{path} exists: name another {other_name}, or delete it first")
+    return target, report_name
 
 
 def _list_versions(runtime: str) -> dict[str, str]:

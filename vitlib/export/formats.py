@@ -35,7 +35,7 @@ def to_onnx(
 
     Args:
         model: A model, a Predictor, a hub id, a folder or a weights file.
-        out: The file to write, or a folder, which gets model.onnx; export.json is beside it.
+        out: The file to write, or a folder, which gets model.onnx; the report is beside it.
         outputs: Names of outputs: "logits", "embedding", "tokens", "attention" (of the class token
             in the last block); empty: logits, or the embedding of a model without a head.
         input: "uint8" levels (B, C, H, W), whose normalisation is part of the file, or "float" for
@@ -50,7 +50,7 @@ def to_onnx(
         allow_drift: True writes a file whose outputs differ; the report says how far.
 
     Returns:
-        The report, which export.json holds.
+        The report, which the JSON beside the file holds.
 
     Raises:
         ConfigError: A choice does not suit the model, or a library is not installed.

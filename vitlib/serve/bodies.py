@@ -183,19 +183,18 @@ def detect_format(request: Request, body: bytes, *, accepts_photos: bool) -> For
         raise unsupported
     if accepts_photos and media_type == "multipart/form-data":
         return "form"
-    if accepts_photos and media_type.startswith(_PHOTO):
-        if not body:
-            raise bad_request("the body is empty: expected a photo")
-        if not _looks_like_json(body):
-            # In a format that the decoder will name in its error.
-            return "photo"
+    if accepts_photos and not body:  # curl sends one where it cannot read the file
+        raise bad_request("the body is empty: expected a photo or JSON")
+    if accepts_photos and media_type.startswith(_PHOTO) and not _looks_like_json(body):
+        # In a format that the decoder will name in its error.
+        return "photo"
     _check_charset(options)
     if media_type == "text/csv":
         return "csv"
-    is_untyped = media_type == "" and not (accepts_photos and body)
+    is_untyped = media_type == "" and not accepts_photos
     if media_type in _JSON or _looks_like_json(body) or is_untyped:
         return "json"
-    if accepts_photos and media_type in _CLIENT_DEFAULTS and body:
+    if accepts_photos and media_type in _CLIENT_DEFAULTS:
         raise RequestError(
             400, "bad_image",
             f"expected a photo ({', '.join(FORMATS)}) or JSON, got a body that is neither; curl "

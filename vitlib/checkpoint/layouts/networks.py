@@ -16,7 +16,7 @@ from torch import Tensor
 from vitlib.checkpoint.layouts import detect, heads, hf, openclip, openclip_config
 from vitlib.checkpoint.layouts.detect import CORE_TENSORS, LAYOUTS, drop_later_blocks
 from vitlib.checkpoint.layouts.layout import Layout
-from vitlib.checkpoint.layouts.timm_models import get_architecture
+from vitlib.checkpoint.layouts.timm_models import find_architecture, get_architecture
 from vitlib.errors import CheckpointError, count_noun
 from vitlib.source.locate import Source
 from vitlib.source.readers.state_dict import PATCH_WEIGHTS
@@ -178,7 +178,9 @@ def choose_layout(
         return LAYOUTS["meta"]
     # Backbones of the original code are published as .pth without a head, timm's have a head.
     is_bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
-    is_original = bool(src.wrapper_keys) or (is_bare and not raw)
+    # timm's train.py wraps its state dict too, and saves timm's name of the model with it.
+    is_timm_run = src.arch is not None and find_architecture(src.arch) is not None
+    is_original = not is_timm_run and (bool(src.wrapper_keys) or (is_bare and not raw))
     is_timm_trunk = prefix.endswith("trunk.")  # a tower of timm in open_clip or CONCH
     try:
         return detect.detect_layout(tensors, original=is_original and not is_timm_trunk)

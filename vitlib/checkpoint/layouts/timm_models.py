@@ -53,7 +53,10 @@ FACTS = (
     "pool_heads",
     "pool_prefix",
 )
-COLUMNS = ("name", "reason", *STRUCTURE, "spelling", *SIZES, *FACTS, "position_resize")
+COLUMNS = (
+    *("name", "reason", *STRUCTURE, "spelling", *SIZES, *FACTS),
+    *("position_resize", "preprocessing"),
+)
 Part = TypeVar("Part", Norms, Rope)
 _TABLE = Path(__file__).with_name("timm_models.csv")
 # MoCo v3's ViT-S (2104.02057) has other heads than DeiT's and DINO's of the same shapes.
@@ -72,6 +75,8 @@ class Architecture:
         facts: The columns that no tensor determines.
         position_resize: Rule of a NaFlexVit, as in ViTConfig; None for others, which have the usual
             rule of timm.
+        preprocessing: Of timm's default weights: stats, crop_pct, crop_mode and interpolation, and
+            a star where weights of other tags differ; empty for models that timm does not publish.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Architecture:
     structure: Mapping[str, Any]
     facts: dict[str, Any]
     position_resize: PositionResize | None = None
+    preprocessing: str = ""
 
 
 @cache
@@ -93,12 +99,12 @@ def _models() -> tuple[Mapping[str, Architecture], Mapping[str, str]]:
             renamed[name] = reason[1:]
             continue
         values = {column: _value(cell) for column, cell in zip(COLUMNS[2:], cells, strict=True)}
-        rule = values.pop("position_resize")
+        rule, preprocessing = values.pop("position_resize"), values.pop("preprocessing") or ""
         facts = {column: values.pop(column) for column in FACTS}
         facts["rope"] = _parse_part(Rope, facts["rope"]) if facts["rope"] else None
         values["norms"] = _parse_part(Norms, values["norms"] or "")
         structure = values if values["embed_dim"] else {}
-        models[name] = Architecture(name, reason, structure, facts, rule)
+        models[name] = Architecture(name, reason, structure, facts, rule, preprocessing)
     return models, renamed
 
 
@@ -235,13 +241,22 @@ def normalize_name(name: str) -> str:
     return _models()[1].get(bare, bare)
 
 
+def find_architecture(name: str) -> Architecture | None:
+    """Return an architecture of timm, computed by vitlib or not; None for any other name.
+
+    Args:
+        name: A current or older name, with or without a tag, or any other.
+    """
+    return _models()[0].get(normalize_name(name))
+
+
 def is_naflex_name(name: str) -> bool:
     """Return True if an architecture is a NaFlexVit.
 
     Args:
         name: A current or older name of timm, with or without a tag, or any other.
     """
-    model = _models()[0].get(normalize_name(name))
+    model = find_architecture(name)
     return model is not None and model.position_resize is not None
 
 
