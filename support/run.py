@@ -204,20 +204,28 @@ def make_row(suite: str, python: Path, report: Path, seconds: float) -> Row:
     described = subprocess.run(
         [python, "-c", _DESCRIBE, *PACKAGES], capture_output=True, text=True, check=True
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     return {
         "suite": suite,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": describe_commit(),
         **json.loads(described.stdout),
         **{name: counts[name] for name in ("passed", "failed", "skipped")},
         "seconds": round(seconds),
         "failures": failed,
         "skips": dict(sorted(reasons.items())),
     }
+
+
+def describe_commit() -> str:
+    """Return the commit, with a + where files differ from it, other than the counts of a run."""
+
+    def ask_git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    others = (".", ":!docs/support.jsonl", ":!docs/support.md")
+    changed = ask_git("status", "--porcelain", "--untracked-files=no", "--", *others)
+    return ask_git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
 def record(row: Row) -> None:
