@@ -149,7 +149,7 @@ def on_both(name: str, *arguments: Any) -> tuple[Any, Any]:
 def test_kernels_equal_their_definitions(dtype: torch.dtype, width: int) -> None:
     if dtype == FP8 and not has_fp8():
         pytest.skip("this GPU has no 8-bit floats")
-    kernels = row_ops._triton_kernels(torch.device("cuda", 0))
+    kernels = row_ops.find_triton_kernels(torch.device("cuda", 0))
     assert kernels is not None, "Triton is not there, or fails: plain operations serve"
     inputs = torch.float32 if dtype == FP8 else dtype
     x, y = (torch.randn(6, 5, width).to(inputs) for _ in range(2))

@@ -280,7 +280,7 @@ def serving_kernels(experiment: Experiment) -> dict[str, object]:
     device = experiment.device
     gpu = cuda_attention.get_gpu(device)
     return {
-        "triton": row_ops._triton_kernels(device) is not None,
+        "triton": row_ops.find_triton_kernels(device) is not None,
         "fp8_product": has_fp8(device),
         "cudnn": gpu.cudnn,
         "wrong_attention": sorted(gpu.wrong),

@@ -53,7 +53,9 @@ CHANGES = {
     "separate GELU": lambda: mock.patch.object(cuda_modules, "linear_gelu", separate_gelu),
     "attention by flash": lambda: use_attention("flash"),
     "attention by cuDNN": lambda: use_attention("cudnn"),
-    "no Triton kernels": lambda: mock.patch.object(row_ops, "_triton_kernels", return_value=None),
+    "no Triton kernels": lambda: mock.patch.object(
+        row_ops, "find_triton_kernels", return_value=None
+    ),
 }
 
 

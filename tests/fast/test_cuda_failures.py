@@ -49,7 +49,7 @@ def test_kernels_that_triton_cannot_launch_are_replaced(
     """Triton fails at its first launch without a C compiler, and on tensors of a CPU likewise."""
     pytest.importorskip("triton", reason="Triton has no wheel for this platform")
     monkeypatch.setattr(torch.cuda, "device", nothing)
-    row_ops._triton_kernels.cache_clear()
+    row_ops.find_triton_kernels.cache_clear()
     x, gain = torch.randn(2, 5, 48), torch.randn(48)
     arguments = x, None, gain, None, 1e-6, None, torch.float32
     run = row_ops._prefer_triton("norm_rows", row_ops.define_norm_rows)
@@ -57,7 +57,7 @@ def test_kernels_that_triton_cannot_launch_are_replaced(
         assert torch.equal(run(*arguments)[1], row_ops.define_norm_rows(*arguments)[1])
     (record,) = caplog.records
     assert record.getMessage().startswith("Triton's kernels are not used, and cpu is slower: ")
-    row_ops._triton_kernels.cache_clear()
+    row_ops.find_triton_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-2])
@@ -71,10 +71,19 @@ def test_kernels_with_a_wrong_result_are_replaced(
     kernels: Any = types.SimpleNamespace(norm_rows=norm_rows)
     monkeypatch.setitem(sys.modules, "vitlib.fast.row_kernels", kernels)
     monkeypatch.setattr("vitlib.fast.row_kernels", kernels, raising=False)
-    row_ops._triton_kernels.cache_clear()
-    assert row_ops._triton_kernels(CPU) is (None if error else kernels)
+    row_ops.find_triton_kernels.cache_clear()
+    assert row_ops.find_triton_kernels(CPU) is (None if error else kernels)
     assert ("a result differs from its definition" in caplog.text) == bool(error)
-    row_ops._triton_kernels.cache_clear()
+    row_ops.find_triton_kernels.cache_clear()
+
+
+def test_kernels_are_tried_before_a_caller_can_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[torch.device] = []
+    mode, model = fake_mode(monkeypatch), small()
+    monkeypatch.setattr(row_ops, "find_triton_kernels", tried.append)
+    with mode, torch.no_grad():
+        cuda.optimize_cuda(move_to_fake_gpu(model), "bf16", None, GPU)
+    assert tried == [GPU]
 
 
 @pytest.mark.parametrize("name", ["norm_rows", "activate_rows", "rotate"])
@@ -92,8 +101,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(
 
     monkeypatch.setattr(torch.cuda, "device", enter)
     kernels = types.SimpleNamespace(**{name: lambda x: launched.append((x.device, *inside))})
-    monkeypatch.setattr(row_ops, "_triton_kernels", lambda _: kernels)
     with fake_mode(monkeypatch):
+        monkeypatch.setattr(row_ops, "find_triton_kernels", lambda _: kernels)
         row_ops._prefer_triton(name, lambda x: x)(torch.empty(2, 8, device=second))
     assert launched == [(second, second)]
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, ImageError
+from vitlib.fast import row_ops
 from vitlib.fast.cpu import KernelPlan, Precision
 from vitlib.fast.cuda_attention import get_gpu, has_bfloat16
 from vitlib.fast.cuda_embeddings import CudaPatchEmbed, Grid
@@ -91,6 +92,8 @@ def optimize_cuda(
     is_narrow = dtype == torch.bfloat16 and not unoptimized
     stream_dtype = torch.bfloat16 if is_narrow else torch.float32
     with torch.inference_mode(False), torch.no_grad():
+        if device.type == "cuda":
+            row_ops.find_triton_kernels(device)  # tries them, which a capture by the caller forbids
         # A block that runs as it is computes its scores in float32.
         is_fused = all(is_stock_tree(block) for block in model.blocks)
         bias_dtype = dtype if is_fused else torch.float32

@@ -256,7 +256,7 @@ def _prefer_triton(name: str, definition: Callable[..., Any]) -> Callable[..., A
     def run(x: Tensor, *arguments: Any) -> Any:
         # Unlike torch's operations, Triton launches on the current device, whatever the tensors'.
         with torch.cuda.device(x.device):
-            kernels = _triton_kernels(x.device)
+            kernels = find_triton_kernels(x.device)
             return (definition if kernels is None else getattr(kernels, name))(x, *arguments)
 
     return run
@@ -268,11 +268,17 @@ def _linear_gelu_on_gpu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @cache
-def _triton_kernels(device: torch.device) -> Any:
+def find_triton_kernels(device: torch.device) -> Any:
     """Return the module of Triton's kernels; None where Triton is absent, or fails on a device.
 
     At its first launch Triton compiles a part of itself. That needs a C compiler and the headers of
     Python, which many containers lack. Nor does each version of Triton know every GPU.
+
+    Args:
+        device: The GPU.
+
+    Returns:
+        The module row_kernels.py, or None.
     """
     try:
         from vitlib.fast import row_kernels
