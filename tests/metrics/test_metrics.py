@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -369,14 +369,8 @@ def test_metrics_reject_wrong_number_of_labels() -> None:
 
 
 def test_quick_metrics_need_no_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = builtins.__import__
-
-    def import_without_sklearn(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", import_without_sklearn)
+    for name in ("sklearn", "sklearn.metrics"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"pip install 'vitlib\[eval\]'"):
         metrics.every(*make_single_label_set(9, 4), list("abcd"), False)
     assert metrics.quick(*make_single_label_set(9, 4), False)["accuracy"] >= 0

@@ -23,16 +23,13 @@ from vitlib.cli.printing import echo
 from vitlib.cli.verb import Verb, positional_arguments
 from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings
-from vitlib.system.requirements import import_extra
+from vitlib.system.requirements import check_extra, import_extra
 
 if TYPE_CHECKING:
     from vitlib.predict.predictor import Predictor
 
 F = TypeVar("F", bound=Callable[..., Any])
-NEEDED = (
-    *("fastapi", "starlette", "uvicorn", "httptools", "prometheus-client", "python-multipart"),
-    "urllib3",
-)
+NEEDED = ("fastapi", "starlette", "uvicorn", "httptools", "python-multipart", "urllib3")
 
 
 def limit_options(command: F) -> F:
@@ -130,6 +127,8 @@ def serve(
     options = replace(options, model=options.model or DEFAULT_MODEL)
     for package in NEEDED:
         import_extra("serve", package, f"serving needs {package}", kind=ServeError)
+    # Where it is imported before its folder is set, it counts each process alone.
+    check_extra("serve", "prometheus-client", "serving needs prometheus-client", ServeError)
     from vitlib.serve import run
 
     if options.precision == "auto" and options.calibrate is None:

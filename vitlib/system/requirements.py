@@ -302,9 +302,7 @@ def import_extra(
             mends it.
     """
     own = MODULES.get(package, package)
-    minimum = next((least for *key, least in _stated_extras() if key == [extra, package]), "")
-    requirement = Requirement(package, minimum, extra, installed_version(package))
-    command = f"pip install 'vitlib[{extra}]'"
+    requirement, command = _find_extra(extra, package)
     try:
         imported = import_module(module or own)
     except Exception as error:  # a broken package may raise anything
@@ -316,3 +314,31 @@ def import_extra(
     if requirement.problem:
         raise kind(f"{purpose}: {requirement.problem}: {command}")
     return imported
+
+
+def check_extra(
+    extra: str, package: str, purpose: str, kind: type[VitlibError] = ConfigError
+) -> None:
+    """Check that a package of an extra is installed and not too old, without importing it.
+
+    Args:
+        extra: Name of the extra.
+        package: Name of the package.
+        purpose: Start of the message, as for import_extra.
+        kind: Class of the error.
+
+    Raises:
+        VitlibError: As `kind`: the package is absent or too old. The message says what mends it.
+    """
+    requirement, command = _find_extra(extra, package)
+    if not requirement.installed:
+        raise kind(f"{purpose}: {command}")
+    if requirement.problem:
+        raise kind(f"{purpose}: {requirement.problem}: {command}")
+
+
+def _find_extra(extra: str, package: str) -> tuple[Requirement, str]:
+    """Return what an extra needs of a package, and the command that installs the extra."""
+    minimum = next((least for *key, least in _stated_extras() if key == [extra, package]), "")
+    requirement = Requirement(package, minimum, extra, installed_version(package))
+    return requirement, f"pip install 'vitlib[{extra}]'"
