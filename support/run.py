@@ -1,6 +1,6 @@
 """Run the tests in an environment of its own, and write their counts to docs/support.jsonl.
 
-    python -m support.run torch 2.10.0     a version of torch, everything else as pinned
+    python -m support.run torch 2.10.0    a version of torch, everything else as pinned
     python -m support.run python 3.13     a version of Python, everything else as pinned
     python -m support.run lowest          the oldest Python and the oldest of every dependency
     python -m support.run pinned          the environment of `make test`
