@@ -55,13 +55,14 @@ def is_optimized_model(source: str | os.PathLike[str]) -> bool:
 
 @isolate_torch_settings()
 @outside_inference_mode()
-def load(source: str | os.PathLike[str]) -> FastViT:
+def load(source: str | os.PathLike[str], *, compile: bool = False) -> FastViT:  # noqa: A002
     """Load an optimized model that FastViT.save wrote, on a CPU.
 
     Its outputs are those of the model that was saved, to the bit on the same kind of machine.
 
     Args:
         source: The folder, or the file in it.
+        compile: Compile the forward for each size of batch, as optimize() does.
 
     Returns:
         The optimized model.
@@ -106,7 +107,11 @@ def load(source: str | os.PathLike[str]) -> FastViT:
     model.image_processor = processor
     fast = assemble(model, blocks, plan, header["precision"], header["batch_size"])
     fast.dtype = _DTYPES[header["dtype"]]
-    return fast
+    if not compile:
+        return fast
+    from vitlib.fast.compiled import compile_model  # few programs compile
+
+    return compile_model(fast)
 
 
 def attach(

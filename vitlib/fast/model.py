@@ -307,11 +307,20 @@ class FastViT(nn.Module):
         """Count the micro-batches of a batch; one where the user's modules would see the split."""
         if self.unoptimized_modules or images.dim() != 4:
             return 1
+        return -(-len(images) // (self.batch_size or self.images_at_a_time(images)))
+
+    def images_at_a_time(self, images: Tensor) -> int:
+        """Return the number of images whose tokens the caches hold.
+
+        Args:
+            images: Pixels (B, C, H, W).
+
+        Returns:
+            The number, from 1.
+        """
         (p, q), (height, width) = self.config.patch_size, images.shape[2:]
         tokens = (height // p) * (width // q) + self.num_prefix_tokens
-        limit = tokens_at_a_time(torch.get_num_threads())
-        size = self.batch_size or max(1, limit // max(tokens, 1))
-        return -(-len(images) // size)
+        return max(1, tokens_at_a_time(torch.get_num_threads()) // max(tokens, 1))
 
     def __repr__(self) -> str:
         """Describe the model in one line; the repr of its trunk lists the modules."""

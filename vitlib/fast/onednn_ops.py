@@ -111,7 +111,7 @@ def linear_int8(
         x: (M, K) uint8, which stands for (x - x_zero_point) * x_scale.
         x_scale: Scale of the input.
         x_zero_point: Zero point of the input, 0 to 255.
-        packed: The packed weight.
+        packed: The packed weight, or a plain one (N, K) int8 for the compiler (compiled.py).
         scale: Scales of the weight's rows, (N,) float32.
         bias: (N,) float32, or None.
         dtype: Of the result; torch.uint8 quantizes it.
@@ -123,8 +123,13 @@ def linear_int8(
         (M, N).
     """
     name, variant = _ACTIVATIONS[activation]
+    weight, zero_points = packed, None
+    if packed.is_mkldnn:
+        zero_points = _zeros(len(scale))
+    else:  # the compiler's, which computes this once
+        weight = pack_int8(packed)
     y: Tensor = _ops.onednn.qlinear_pointwise(
-        x, x_scale, x_zero_point, packed, scale, _zeros(len(scale)), bias,
+        x, x_scale, x_zero_point, weight, scale, zero_points, bias,
         out_scale, out_zero_point, dtype, name, [], variant or "none",
     )  # fmt: skip
     return y
@@ -146,7 +151,7 @@ def linear_int8_add(
         x: (M, K) uint8, which stands for (x - x_zero_point) * x_scale.
         x_scale: Scale of the input.
         x_zero_point: Zero point of the input, 0 to 255.
-        packed: The packed weight.
+        packed: The packed weight, or a plain one (N, K) int8 for the compiler (compiled.py).
         scale: Scales of the weight's rows, (N,) float32.
         bias: (N,) float32, or None.
         other: (M, N) float32.
@@ -155,6 +160,9 @@ def linear_int8_add(
     Returns:
         (M, N) float32.
     """
+    if not packed.is_mkldnn:  # the compiler fuses the sum itself
+        args = x, x_scale, x_zero_point, packed, scale, bias, torch.float32
+        return linear_int8(*args) + other
     y: Tensor = _ops.onednn.qlinear_pointwise.binary(
         x, x_scale, x_zero_point, packed, scale, _zeros(len(scale)), other, bias,
         1.0, 0, torch.float32, 1.0, 0, operation, 1.0, "none", [], "none",
@@ -171,7 +179,7 @@ def to_uint8(x: Tensor) -> Tensor:
     Returns:
         The same shape, uint8.
     """
-    if not _int8_cast_wraps():
+    if torch.compiler.is_compiling() or not _int8_cast_wraps():
         return x.to(torch.uint8)
     return x.to(torch.int8).view(torch.uint8)
 

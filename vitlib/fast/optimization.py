@@ -79,8 +79,9 @@ def optimize(
             draws, and leaves more layers in 16 bits.
         batch_size: Images computed at a time. None: as many as the caches hold.
         device: The device to run on. None stays where the model is.
-        compile: On a GPU, also compile the blocks for large batches with torch.compile. It takes
-            some ten seconds at the first batch of each size.
+        compile: Compile with torch.compile. On a GPU, the blocks for large batches, some ten
+            seconds at the first batch of each size. On a CPU, the whole forward for each size, some
+            thirty seconds, with a C++ compiler; a program that is no faster is not used.
 
     Returns:
         The optimized model. It holds copies, so that the model may be changed afterwards.
@@ -111,7 +112,12 @@ def optimize(
     blocks: Mapping[str, BlockWeights] = StockBlocks(model)
     if plan.arithmetic == "int8":
         blocks = quantize_blocks(model, blocks, calibrate)
-    return assemble(model, blocks, plan, precision, batch_size)
+    fast = assemble(model, blocks, plan, precision, batch_size)
+    if not compile:
+        return fast
+    from vitlib.fast.compiled import compile_model  # few programs compile
+
+    return compile_model(fast)
 
 
 def _check_arguments(

@@ -1,0 +1,378 @@
+"""Compile the forward of an optimized model for a CPU, by torch's own compiler.
+
+How data flows: a batch is split into micro-batches of 1, 2, 4 and so on images. The first one of
+each size compiles a program for it. For that the trunk is copied with its weights as plain tensors,
+since the compiler cannot trace packed ones, and traced whole. The weights become constants, which
+are packed while compiling; each product is computed by oneDNN or by a kernel that the compiler
+writes for its shape, whichever it measures as faster; what lies between two products becomes one
+loop. The program is then compared with the model that is not compiled, in numbers and in time, and
+serves where it agrees and is faster.
+
+Compiled code is for a number of threads and a shape of pixels. Nothing of it is saved with a model:
+torch keeps kernels in a folder of its own, TORCHINDUCTOR_CACHE_DIR.
+
+Shapes: B images, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.errors import ConfigError, first_line
+from vitlib.fast.attention import bmm_attention, fused_attention, graph_attention
+from vitlib.fast.block import FastBlock
+from vitlib.fast.linears import FastLinear, OpaqueLinear, PackedLinear
+from vitlib.fast.model import FastViT, Method, bind
+from vitlib.fast.module_swap import copy_with_children
+from vitlib.system.memory import explain_out_of_memory
+from vitlib.system.torch_state import strict_float32
+from vitlib.vit import ViT
+
+logger = logging.getLogger("vitlib")
+
+BatchFunction = Callable[[Tensor], Tensor]
+# Each program takes tens of seconds and a copy of the weights. Photos in shapes of their own would
+# compile without end: further shapes run as without compiling.
+MAX_PROGRAMS = 16
+MAX_FAILURES = 2  # after which nothing more is compiled: most have a cause in the machine
+TIMED_RUNS = 7  # of each side; the median counts
+# Least share of the time that a program has to save, to be worth its memory.
+MIN_GAIN = 0.02
+# Root mean square difference from the model that is not compiled, over its root mean square.
+# float32 sums differ in their order only. In 16 and 8 bits other roundings move a result by as much
+# as those of the precision itself; a wrong kernel moves it by its whole size.
+MAX_ERROR = {"fp32": 1e-5}
+MAX_ERROR_16_BITS = 0.1
+# Inductor's settings: weights are constants; products are also written as C++ templates; calls
+# between kernels are C++.
+COMPILER_SETTINGS: dict[str, Any] = {
+    "freezing": True,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "cpp_wrapper": True,
+    "autotune_num_choices_displayed": 0,
+}
+WRITE_STATS = "_log_autotune_choices_stats"
+# The compiler's settings are the process's, and it times kernels: one program at a time.
+_compile_lock = threading.RLock()
+
+
+class CompiledViT(FastViT):
+    """An optimized model on a CPU whose forward is compiled, for each size of micro-batch.
+
+    Args:
+        model: The optimized model. Its modules are shared, not copied.
+    """
+
+    def __init__(self, model: FastViT) -> None:
+        super().__init__(
+            model.trunk,
+            model.uint8_trunk,
+            model.precision,
+            model.dtype,
+            model.batch_size,
+            model.unoptimized_modules,
+        )
+        self.programs = Programs(MAX_ERROR.get(model.precision, MAX_ERROR_16_BITS))
+
+    def _run(self, trunk: ViT, method: Method, images: Tensor) -> Tensor:
+        """Run a method of a trunk on images (B, C, H, W), in micro-batches that are compiled."""
+        is_uint8 = images.dtype == torch.uint8
+        pixels = (is_uint8 and trunk is self.uint8_trunk) or images.is_floating_point()
+        if self.unoptimized_modules or images.dim() != 4 or not len(images) or not pixels:
+            return super()._run(trunk, method, images)
+        self.refuse_gradients(images)
+        largest = self.batch_size or largest_power_of_two(self.images_at_a_time(images))
+        dtype = torch.uint8 if is_uint8 else self.input_dtype
+        with torch.no_grad(), strict_float32(), explain_out_of_memory(images):
+            outputs, start = [], 0
+            for size in split_batch(len(images), largest):
+                part = images[start : start + size].to(dtype).contiguous()
+                outputs.append(self.programs.run(trunk, method, part))
+                start += size
+            return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(self.dtype)
+
+
+def compile_model(model: FastViT) -> FastViT:
+    """Have the forward of an optimized model compiled.
+
+    Args:
+        model: A model on a CPU.
+
+    Returns:
+        The model with compiled programs; with modules of the user's own, the model itself.
+
+    Raises:
+        ConfigError: The model is on another device.
+    """
+    if model.device.type != "cpu":
+        raise ConfigError(
+            f"compile=True is for CPUs and CUDA, and the model is on {model.device}: leave it out"
+        )
+    if model.unoptimized_modules:
+        names = ", ".join(model.unoptimized_modules[:3])
+        logger.warning("not compiled: the model has modules that are not vitlib's (%s)", names)
+        return model
+    return CompiledViT(model)
+
+
+def largest_power_of_two(limit: int) -> int:
+    """Return the largest power of two that is not above a number.
+
+    Args:
+        limit: From 1.
+    """
+    power: int = 1 << (limit.bit_length() - 1)
+    return power
+
+
+def split_batch(count: int, largest: int) -> list[int]:
+    """Split a batch into micro-batches of few sizes, as each size is compiled.
+
+    Args:
+        count: Images in the batch.
+        largest: Images in the largest micro-batch, from 1.
+
+    Returns:
+        The size of each micro-batch: `largest` as often as it fits, then powers of two.
+    """
+    full, rest = divmod(count, largest)
+    powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+    return [largest] * full + powers
+
+
+class Programs:
+    """The compiled programs of a model, by trunk, method, shape and number of threads.
+
+    Args:
+        max_error: The largest difference from the model that is not compiled, see MAX_ERROR.
+    """
+
+    def __init__(self, max_error: float) -> None:
+        self.max_error = max_error
+        # None: the model as it is serves, as the program was slower, differed or was not compiled.
+        self.functions: dict[Hashable, BatchFunction | None] = {}
+        self.plain_trunks: dict[int, ViT] = {}
+        self.num_failures = 0
+
+    def __reduce__(self) -> tuple[type[Programs], tuple[float]]:
+        """Copy or pickle without the programs: the copy compiles its own."""
+        return Programs, (self.max_error,)
+
+    def run(self, trunk: ViT, method: Method, pixels: Tensor) -> Tensor:
+        """Run a micro-batch, and compile its program where there is none yet.
+
+        Args:
+            trunk: The trunk.
+            method: Its method, or a function of it.
+            pixels: (B, C, H, W), contiguous, in the dtype that the trunk takes.
+
+        Returns:
+            What the method gives, (B, ...).
+        """
+        key = id(trunk), method, pixels.shape, pixels.dtype, torch.get_num_threads()
+        if key not in self.functions:
+            with _compile_lock:
+                if key not in self.functions:  # another thread may have compiled it meanwhile
+                    self.functions[key] = self._compile_or_decline(trunk, method, pixels)
+        function = self.functions[key]
+        return bind(trunk, method)(pixels) if function is None else function(pixels)
+
+    def _compile_or_decline(
+        self, trunk: ViT, method: Method, pixels: Tensor
+    ) -> BatchFunction | None:
+        """Compile a program; None where it fails, differs or is no faster."""
+        if self.num_failures >= MAX_FAILURES:
+            return None
+        if sum(function is not None for function in self.functions.values()) >= MAX_PROGRAMS:
+            logger.warning("%d shapes are compiled: %s is not", MAX_PROGRAMS, shape_name(pixels))
+            return None
+        try:
+            return self._compile(trunk, method, sample_like(pixels))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no C++ compiler, or something that cannot be traced
+            self.num_failures += 1
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            logger.warning("%s is not compiled, and slower: %s", shape_name(pixels), reason)
+            return None
+
+    def _compile(self, trunk: ViT, method: Method, sample: Tensor) -> BatchFunction | None:
+        """Compile a program for pixels like a sample, and compare it with the trunk."""
+        start = time.perf_counter()
+        if id(trunk) not in self.plain_trunks:
+            self.plain_trunks[id(trunk)] = unpack_weights(trunk)
+        eager = bind(trunk, method)
+        plain = bind(self.plain_trunks[id(trunk)], method)
+        exact = eager(sample)
+        plain(sample)  # computes what depends on the grid alone, which is not to be traced
+        program = trace_whole(plain)
+        with compiler_settings(COMPILER_SETTINGS):
+            actual = program(sample)
+        if not is_near(actual, exact, self.max_error):
+            raise ArithmeticError("the compiled program differs from the model")
+        seconds, gain = time.perf_counter() - start, measure_gain(program, eager, sample)
+        logger.info("%s compiled in %.0f s: %.2fx as fast", shape_name(sample), seconds, gain)
+        return program if gain > 1 + MIN_GAIN else None
+
+
+def shape_name(pixels: Tensor) -> str:
+    """Describe a micro-batch for people.
+
+    Args:
+        pixels: (B, C, H, W).
+    """
+    return "x".join(map(str, pixels.shape))
+
+
+def sample_like(pixels: Tensor) -> Tensor:
+    """Return fixed pixels of a shape and dtype, on which a program is compared.
+
+    The user's own may be all alike, or not finite.
+
+    Args:
+        pixels: (B, C, H, W).
+
+    Returns:
+        The same shape, from -1 to 1, or from 0 to 255 in uint8.
+    """
+    count = pixels.numel()
+    waves = torch.sin(torch.arange(count, dtype=torch.float32, device="cpu") * 0.7)
+    values = (waves + 1) * 127.5 if pixels.dtype == torch.uint8 else waves
+    return values.view(pixels.shape).to(pixels.dtype)
+
+
+def is_near(actual: Tensor, exact: Tensor, bound: float) -> bool:
+    """Return True if two results agree.
+
+    Args:
+        actual: Any shape.
+        exact: The same shape.
+        bound: The largest root mean square difference, over the root mean square of `exact`.
+    """
+    if actual.shape != exact.shape:
+        return False
+    error = torch.linalg.vector_norm(actual.double() - exact.double())
+    return bool(error <= bound * torch.linalg.vector_norm(exact.double()))
+
+
+def measure_gain(program: BatchFunction, eager: BatchFunction, sample: Tensor) -> float:
+    """Time a program beside the function that it was compiled from.
+
+    Args:
+        program: The program.
+        eager: The function.
+        sample: Pixels (B, C, H, W) for both.
+
+    Returns:
+        The function's median time over the program's. They run in turn, so that other load on the
+        machine slows both.
+    """
+    seconds: tuple[list[float], list[float]] = [], []
+    for _ in range(TIMED_RUNS):
+        for function, times in zip((eager, program), seconds, strict=True):
+            start = time.perf_counter()
+            function(sample)
+            times.append(time.perf_counter() - start)
+    before, after = map(statistics.median, seconds)
+    return before / after
+
+
+def unpack_weights(module: nn.Module) -> Any:
+    """Copy a module, with packed weights as plain tensors and attention that can be traced.
+
+    Its linear layers pack a plain weight at every call, which the compiler does once.
+
+    Args:
+        module: A trunk of fast modules, which is only read.
+
+    Returns:
+        The copy, which shares everything else.
+    """
+    children = {
+        name: None if child is None else unpack_weights(child)
+        for name, child in module._modules.items()
+    }
+    clone = copy_with_children(module, children)
+    if isinstance(clone, OpaqueLinear):
+        clone.packed = clone.weights().weight.contiguous()
+    if isinstance(clone, PackedLinear):
+        object.__setattr__(clone, "__class__", FastLinear)
+    if isinstance(clone, FastBlock) and clone.sdpa is graph_attention:
+        # oneDNN Graph's kernel is TorchScript. The fused one is as fast in bfloat16 on AMX alone.
+        has_bf16 = clone.plan.attention_dtype == torch.bfloat16
+        clone.sdpa = bmm_attention if has_bf16 else fused_attention
+    return clone
+
+
+def trace_whole(function: BatchFunction) -> BatchFunction:
+    """Return a function that is compiled at its first call.
+
+    Args:
+        function: A function of pixels of one shape and dtype, for one number of threads.
+
+    Returns:
+        The same function. It checks nothing of what it was compiled for, as its caller does.
+    """
+
+    def step(pixels: Tensor) -> Tensor:
+        return function(pixels)
+
+    # The compiler caches by code object: each program gets a function with one of its own.
+    unique = types.FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)
+    compiled: BatchFunction = torch.compile(
+        unique, fullgraph=True, dynamic=False,
+        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+    )  # fmt: skip
+
+    def run(pixels: Tensor) -> Tensor:
+        # A tensor of inference mode has no version counter, which the program asks for.
+        return compiled(pixels.clone() if pixels.is_inference() else pixels)
+
+    return run
+
+
+@lru_cache(maxsize=1)
+def register_fakes() -> None:
+    """Tell the compiler the shape of a packed weight in 8 bits, which torch leaves out."""
+    torch_library: Any = torch.library
+    with suppress(RuntimeError):  # registered by torch itself
+        torch_library.register_fake(
+            "onednn::qlinear_prepack", lambda weight, _: weight.new_empty(*reversed(weight.shape))
+        )
+
+
+@contextmanager
+def compiler_settings(settings: dict[str, Any]) -> Iterator[None]:
+    """Compile with settings of Inductor in a block, and without what it prints.
+
+    Args:
+        settings: By Inductor's names.
+    """
+    # torch's compiler takes a second to import, and has no annotations.
+    from torch._inductor import config, select_algorithm
+
+    register_fakes()
+    patch: Any = config
+    algorithms: Any = select_algorithm
+    # It writes to stderr, whatever the settings.
+    write_stats = getattr(algorithms, WRITE_STATS, None)
+    setattr(algorithms, WRITE_STATS, lambda *_: None)
+    try:
+        with warnings.catch_warnings(), patch.patch(settings):
+            warnings.simplefilter("ignore")  # the compiler's, which the caller cannot act on
+            yield
+    finally:
+        setattr(algorithms, WRITE_STATS, write_stats)
