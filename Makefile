@@ -6,9 +6,9 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 # Tests without a target of their own.
-SELECTION := not hub and not cuda and not onnx and not export and not ecosystem and not processes and not browser and not ray and not tutorials and not wheel
+SELECTION := not hub and not cuda and not compile and not onnx and not export and not ecosystem and not processes and not browser and not ray and not tutorials and not wheel
 
-.PHONY: demo test test-hub test-cuda test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel test-torch test-python test-lowest census bench gpu docs format clean
+.PHONY: demo test test-hub test-cuda test-compile test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel test-torch test-python test-lowest census bench gpu docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -25,6 +25,9 @@ test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, publ
 
 test-cuda: $(VENV)/.installed-dev  # needs a CUDA device
 	$(BIN)/pytest -m cuda
+
+test-compile: $(VENV)/.installed-dev  # every family by torch's compiler; half an hour, and a C++ compiler
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m compile
 
 test-onnx: $(VENV)/.installed-dev  # both exporters of torch, run by ONNX Runtime
 	$(BIN)/pytest -m onnx

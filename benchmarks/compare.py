@@ -1,7 +1,8 @@
 """Speed, memory and load time of vitlib, transformers, timm, ONNX Runtime and OpenVINO.
 
     python benchmarks/compare.py [--quick] [--models B/16 dinov2-small] [--batches 1 8 32]
-        [--precisions fp32 bf16 int8] [--rounds 11] [--python PEERS] [--out FILE] [--chart FILE]
+        [--precisions fp32 bf16 int8] [--compile] [--sides WORD ...] [--rounds 11]
+        [--python PEERS] [--out FILE] [--chart FILE]
 
 Each side is a worker process (peers.py). The sides are interleaved round by round, so that other
 load on the machine affects all of them alike. All sides read one checkpoint. It has random weights
@@ -87,6 +88,12 @@ GROUPS = {
         Case("OpenVINO int8", "openvino", "openvino", "openvino-int8"),
         Case(GEMM, "gemm"),
     ),
+}
+# By --compile: vitlib with the forward compiled, beside the others.
+COMPILED = {
+    "fp32": Case("vitlib, compiled", "vitlib", task={"compiles": True}),
+    "bf16": Case("vitlib bf16, compiled", "vitlib", task={"compiles": True}),
+    "int8": Case("vitlib int8, compiled", "vitlib", task={"calibrates": True, "compiles": True}),
 }
 
 
@@ -282,7 +289,7 @@ def measure_group(
     workers: dict[str, Worker] = {}
     before_mib: dict[str, float] = {}
     try:
-        for case in GROUPS[precision]:
+        for case in chosen_cases(precision, options):
             try:
                 reason = missing_reason(case, model, versions)
                 if reason:
@@ -308,6 +315,14 @@ def measure_group(
         for worker in workers.values():
             worker.close()
     return group
+
+
+def chosen_cases(precision: str, options: argparse.Namespace) -> list[Case]:
+    """Return the sides of a precision that the options ask for."""
+    cases = [*GROUPS[precision], *([COMPILED[precision]] if options.compile else [])]
+    return [
+        case for case in cases if not options.sides or any(s in case.name for s in options.sides)
+    ]
 
 
 def measure_memory(
@@ -340,6 +355,8 @@ def parse_options() -> argparse.Namespace:
     add("--models", nargs="+", choices=TIMM_NAMES, default=list(TIMM_NAMES))
     add("--batches", nargs="+", type=int, default=[1, 8, 32])
     add("--precisions", nargs="+", choices=GROUPS, default=list(GROUPS))
+    add("--compile", action="store_true", help="also vitlib with the forward compiled")
+    add("--sides", nargs="+", metavar="WORD", help="only sides whose names contain one of these")
     add("--rounds", type=int, default=11)
     add("--warmup", type=int, default=2, help="rounds before the timed ones (default: 2)")
     add(

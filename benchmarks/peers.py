@@ -114,7 +114,7 @@ class Vitlib(Torch):
         self.vitlib, self.precision = vitlib, task["precision"]
 
     def build(self) -> None:
-        options = {}
+        options: dict[str, Any] = {"compile": bool(self.task.get("compiles"))}
         if self.task.get("calibration"):
             pixels = np.load(self.task["calibration"])
             options["calibrate"] = self.torch.from_numpy(pixels)

@@ -93,16 +93,21 @@ class Group:
     def vitlib_side(self) -> str:
         return VITLIB_SIDES[self.precision]
 
-    def speedup(self, batch: int, side: str) -> float | None:
+    def speedup(self, batch: int, side: str, own: str = "") -> float | None:
         """Return the speedup of vitlib over a side: the median of the rounds' ratios.
 
         It is None if either was not measured.
+
+        Args:
+            batch: Batch size.
+            side: Name of the side.
+            own: The side of vitlib's; "" for vitlib_side.
         """
-        sides = self.seconds.get(batch, {})
-        if side not in sides or self.vitlib_side not in sides:
+        sides, own = self.seconds.get(batch, {}), own or self.vitlib_side
+        if side not in sides or own not in sides:
             return None
-        pairs = zip(sides[side], sides[self.vitlib_side], strict=True)
-        return statistics.median(median(peer) / median(own) for peer, own in pairs)
+        pairs = zip(sides[side], sides[own], strict=True)
+        return statistics.median(median(peer) / median(ours) for peer, ours in pairs)
 
     def gemm_share(self, batch: int, side: str) -> float | None:
         """Return a side's GFLOP/s over that of the GEMM in the same rounds; None if not measured.

@@ -17,7 +17,6 @@ Shapes: B images, C channels, H W pixels.
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
 import time
 import types
@@ -47,7 +46,7 @@ BatchFunction = Callable[[Tensor], Tensor]
 # compile without end: further shapes run as without compiling.
 MAX_PROGRAMS = 16
 MAX_FAILURES = 2  # after which nothing more is compiled: most have a cause in the machine
-TIMED_RUNS = 7  # of each side; the median counts
+TIMED_RUNS = 9  # of each side; the fastest counts
 # Least share of the time that a program has to save, to be worth its memory.
 MIN_GAIN = 0.02
 # Root mean square difference from the model that is not compiled, over its root mean square.
@@ -95,12 +94,11 @@ class CompiledViT(FastViT):
             return super()._run(trunk, method, images)
         self.refuse_gradients(images)
         largest = self.batch_size or largest_power_of_two(self.images_at_a_time(images))
-        dtype = torch.uint8 if is_uint8 else self.input_dtype
         with torch.no_grad(), strict_float32(), explain_out_of_memory(images):
             outputs, start = [], 0
             for size in split_batch(len(images), largest):
-                part = images[start : start + size].to(dtype).contiguous()
-                outputs.append(self.programs.run(trunk, method, part))
+                part = images[start : start + size].to(self.input_dtype).contiguous()
+                outputs.append(self.programs.run(trunk, method, part, 255.0 if is_uint8 else 1.0))
                 start += size
             return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(self.dtype)
 
@@ -171,61 +169,76 @@ class Programs:
         """Copy or pickle without the programs: the copy compiles its own."""
         return Programs, (self.max_error,)
 
-    def run(self, trunk: ViT, method: Method, pixels: Tensor) -> Tensor:
+    def run(self, trunk: ViT, method: Method, pixels: Tensor, largest: float) -> Tensor:
         """Run a micro-batch, and compile its program where there is none yet.
 
         Args:
             trunk: The trunk.
             method: Its method, or a function of it.
-            pixels: (B, C, H, W), contiguous, in the dtype that the trunk takes.
+            pixels: (B, C, H, W), contiguous, in the dtype that the trunk computes in.
+            largest: The largest pixel that the trunk takes.
 
         Returns:
             What the method gives, (B, ...).
         """
-        key = id(trunk), method, pixels.shape, pixels.dtype, torch.get_num_threads()
+        eager = bind(trunk, method)
+        key = id(trunk), method, pixels.shape, torch.get_num_threads()
         if key not in self.functions:
             with _compile_lock:
                 if key not in self.functions:  # another thread may have compiled it meanwhile
-                    self.functions[key] = self._compile_or_decline(trunk, method, pixels)
-        function = self.functions[key]
-        return bind(trunk, method)(pixels) if function is None else function(pixels)
+                    sample = sample_like(pixels, largest)
+                    exact = eager(sample)  # raises what is wrong with the caller's pixels
+                    plain = self._plain_function(trunk, method)
+                    self.functions[key] = self._compile_or_decline(eager, plain, sample, exact)
+        return (self.functions[key] or eager)(pixels)
+
+    def _plain_function(self, trunk: ViT, method: Method) -> BatchFunction:
+        """Return a method of the trunk's copy with plain weights."""
+        if id(trunk) not in self.plain_trunks:
+            self.plain_trunks[id(trunk)] = unpack_weights(trunk)
+        return bind(self.plain_trunks[id(trunk)], method)
 
     def _compile_or_decline(
-        self, trunk: ViT, method: Method, pixels: Tensor
+        self, eager: BatchFunction, plain: BatchFunction, sample: Tensor, exact: Tensor
     ) -> BatchFunction | None:
         """Compile a program; None where it fails, differs or is no faster."""
         if self.num_failures >= MAX_FAILURES:
             return None
         if sum(function is not None for function in self.functions.values()) >= MAX_PROGRAMS:
-            logger.warning("%d shapes are compiled: %s is not", MAX_PROGRAMS, shape_name(pixels))
+            logger.warning("%d shapes are compiled: %s is not", MAX_PROGRAMS, shape_name(sample))
             return None
+        start = time.perf_counter()
         try:
-            return self._compile(trunk, method, sample_like(pixels))
+            program = compile_program(plain, sample)
+            if not is_near(program(sample), exact, self.max_error):
+                raise ArithmeticError("the compiled program differs from the model")
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C++ compiler, or something that cannot be traced
             self.num_failures += 1
             reason = f"{type(error).__name__}: {first_line(error)}"
-            logger.warning("%s is not compiled, and slower: %s", shape_name(pixels), reason)
+            logger.warning("%s is not compiled, and slower: %s", shape_name(sample), reason)
             return None
-
-    def _compile(self, trunk: ViT, method: Method, sample: Tensor) -> BatchFunction | None:
-        """Compile a program for pixels like a sample, and compare it with the trunk."""
-        start = time.perf_counter()
-        if id(trunk) not in self.plain_trunks:
-            self.plain_trunks[id(trunk)] = unpack_weights(trunk)
-        eager = bind(trunk, method)
-        plain = bind(self.plain_trunks[id(trunk)], method)
-        exact = eager(sample)
-        plain(sample)  # computes what depends on the grid alone, which is not to be traced
-        program = trace_whole(plain)
-        with compiler_settings(COMPILER_SETTINGS):
-            actual = program(sample)
-        if not is_near(actual, exact, self.max_error):
-            raise ArithmeticError("the compiled program differs from the model")
         seconds, gain = time.perf_counter() - start, measure_gain(program, eager, sample)
         logger.info("%s compiled in %.0f s: %.2fx as fast", shape_name(sample), seconds, gain)
         return program if gain > 1 + MIN_GAIN else None
+
+
+def compile_program(function: BatchFunction, sample: Tensor) -> BatchFunction:
+    """Compile a function for pixels like a sample.
+
+    Args:
+        function: A function of a trunk with plain weights.
+        sample: Pixels (B, C, H, W).
+
+    Returns:
+        The same function. It checks nothing of what it was compiled for, as its caller does.
+    """
+    function(sample)  # computes what depends on the grid alone, which is not to be traced
+    program = trace_whole(function)
+    with compiler_settings(COMPILER_SETTINGS):
+        program(sample)
+    return program
 
 
 def shape_name(pixels: Tensor) -> str:
@@ -237,20 +250,21 @@ def shape_name(pixels: Tensor) -> str:
     return "x".join(map(str, pixels.shape))
 
 
-def sample_like(pixels: Tensor) -> Tensor:
+def sample_like(pixels: Tensor, largest: float) -> Tensor:
     """Return fixed pixels of a shape and dtype, on which a program is compared.
 
     The user's own may be all alike, or not finite.
 
     Args:
         pixels: (B, C, H, W).
+        largest: The largest pixel; above 1 they are levels, from 0.
 
     Returns:
-        The same shape, from -1 to 1, or from 0 to 255 in uint8.
+        The same shape, from 0 or -1 to `largest`.
     """
     count = pixels.numel()
     waves = torch.sin(torch.arange(count, dtype=torch.float32, device="cpu") * 0.7)
-    values = (waves + 1) * 127.5 if pixels.dtype == torch.uint8 else waves
+    values = waves if largest <= 1 else ((waves + 1) * (largest / 2)).floor()
     return values.view(pixels.shape).to(pixels.dtype)
 
 
@@ -277,8 +291,8 @@ def measure_gain(program: BatchFunction, eager: BatchFunction, sample: Tensor) -
         sample: Pixels (B, C, H, W) for both.
 
     Returns:
-        The function's median time over the program's. They run in turn, so that other load on the
-        machine slows both.
+        The function's least time over the program's. They run in turn, and other load on the
+        machine only adds to a time.
     """
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(TIMED_RUNS):
@@ -286,7 +300,7 @@ def measure_gain(program: BatchFunction, eager: BatchFunction, sample: Tensor) -
             start = time.perf_counter()
             function(sample)
             times.append(time.perf_counter() - start)
-    before, after = map(statistics.median, seconds)
+    before, after = map(min, seconds)
     return before / after
 
 
@@ -318,7 +332,7 @@ def unpack_weights(module: nn.Module) -> Any:
 
 
 def trace_whole(function: BatchFunction) -> BatchFunction:
-    """Return a function that is compiled at its first call.
+    """Return a function that Inductor compiles at its first call.
 
     Args:
         function: A function of pixels of one shape and dtype, for one number of threads.
@@ -326,16 +340,28 @@ def trace_whole(function: BatchFunction) -> BatchFunction:
     Returns:
         The same function. It checks nothing of what it was compiled for, as its caller does.
     """
+    unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    return compile_alone(function, options=unchecked)
+
+
+def compile_alone(function: BatchFunction, **arguments: Any) -> BatchFunction:
+    """Return a function that is traced whole at its first call.
+
+    Args:
+        function: A function of pixels of one shape.
+        **arguments: Of torch.compile.
+
+    Returns:
+        The same function.
+    """
 
     def step(pixels: Tensor) -> Tensor:
         return function(pixels)
 
     # The compiler caches by code object: each program gets a function with one of its own.
-    unique = types.FunctionType(step.__code__.replace(), globals(), "step", None, step.__closure__)
-    compiled: BatchFunction = torch.compile(
-        unique, fullgraph=True, dynamic=False,
-        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-    )  # fmt: skip
+    code, cells = step.__code__.replace(), step.__closure__
+    unique = types.FunctionType(code, globals(), "step", None, cells)
+    compiled: BatchFunction = torch.compile(unique, fullgraph=True, dynamic=False, **arguments)
 
     def run(pixels: Tensor) -> Tensor:
         # A tensor of inference mode has no version counter, which the program asks for.
