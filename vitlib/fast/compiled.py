@@ -36,7 +36,7 @@ from vitlib.fast.linears import FastLinear, OpaqueLinear, PackedLinear
 from vitlib.fast.model import FastViT, Method, bind
 from vitlib.fast.module_swap import copy_with_children
 from vitlib.system.memory import explain_out_of_memory
-from vitlib.system.torch_state import strict_float32
+from vitlib.system.torch_state import isolate_torch_settings, strict_float32
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -236,7 +236,8 @@ def compile_program(function: BatchFunction, sample: Tensor) -> BatchFunction:
     """
     function(sample)  # computes what depends on the grid alone, which is not to be traced
     program = trace_whole(function)
-    with compiler_settings(COMPILER_SETTINGS):
+    # The caller's default device would be that of the compiler's own tensors.
+    with isolate_torch_settings(), compiler_settings(COMPILER_SETTINGS):
         program(sample)
     return program
 
