@@ -244,6 +244,8 @@ def describe_operations(predictor: Predictor) -> dict[str, str]:
         operations["runtime"] = fast.runtime.version
     plan = kernel_plan(fast.precision) if isinstance(fast, FastViT) else None
     operations |= {"cpu": f"{machine.architecture} {machine.vendor}, {machine.features}"}
+    if predictor.compile:
+        operations["compiler"] = "inductor"
     if plan is not None:
         operations["linears"] = f"{plan.arithmetic}{', packed' * plan.packed}"
         operations["attention"] = (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitlib.cli.compiling import check_compile
 from vitlib.cli.options import ModelOptions
 from vitlib.cli.photos import list_photos
 from vitlib.cli.printing import echo, show_life
@@ -61,6 +62,8 @@ def open_predictor(options: ModelOptions) -> Predictor:
     """
     if options.calibrate is not None and options.precision not in ("int8", "auto"):
         raise click.UsageError("--calibrate is for --precision int8 or auto")
+    if options.compile:
+        check_compile(options.model, options.image_size)
     mute_libraries()
     photos = None if options.calibrate is None else list_photos(options.calibrate, "--calibrate")
     with pause_collection(permanent=True):
@@ -83,6 +86,7 @@ def open_predictor(options: ModelOptions) -> Predictor:
                 device=options.device,
                 precision=options.precision,  # type: ignore[arg-type]
                 calibrate=photos,
+                compile=options.compile,
                 calibrated=options.calibrated,
             )
     if options.image_size is not None:

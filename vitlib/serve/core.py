@@ -8,6 +8,8 @@ Shapes: C channels, H W pixels, h w patches, D embedding.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from vitlib.system.parallel import ParallelCompute
 from vitlib.vit import ViT
 
 Kind = Literal["classify", "embed", "attend"]  # the results that a request can have
+logger = logging.getLogger("vitlib")
 DEFAULT_EXPLANATION = Explanation()
 
 
@@ -166,15 +169,18 @@ class Core:
         return list(explanation.compute(net, batch.to(next(net.parameters()).device)))
 
     def warm_up(self, max_batch: int) -> None:
-        """Compute each batch size of each kind twice, on a GPU; on a CPU do nothing.
+        """Compute each batch size of each kind twice on a GPU, and compile them on a CPU.
 
         At the second batch of a size a GPU captures its kernels into a graph, which would delay a
-        request. The thread that computes must call this.
+        request. On a CPU a model without compile=True needs nothing. The thread that computes must
+        call this.
 
         Args:
             max_batch: The largest number of images of a batch.
         """
         if self.engine.device.type != "cuda":
+            if self.predictor.compile:
+                self._compile(max_batch)
             return
         from vitlib.fast.micro_batch import micro_batch_sizes
 
@@ -183,6 +189,25 @@ class Core:
             for size in micro_batch_sizes(max_batch):
                 for _ in range(2):
                     self.answer(kind, [image] * size)
+
+    def _compile(self, max_batch: int) -> None:
+        """Compile the programs of all batches on a CPU, and have requests compile no others."""
+        from vitlib.fast.compiled import MAX_FAILURES, CompiledViT  # few servers compile
+
+        model, start = self.engine.model, time.perf_counter()
+        if not isinstance(model, CompiledViT):  # it has modules of the user's own
+            return
+        for kind in self.kinds:
+            if kind == "attend":  # computed by the model as loaded
+                continue
+            image = self.blank_image(kind)
+            for size in _sizes_to_compile(max_batch, self.parallel.num_threads):
+                self.answer(kind, [image] * size)
+        # A photo of another shape or depth would make all requests wait for the compiler.
+        model.programs.num_failures = MAX_FAILURES
+        programs, seconds = model.programs.functions.values(), time.perf_counter() - start
+        num_used = sum(program is not None for program in programs)
+        logger.info("%d of %d programs are used: %.0f s", num_used, len(programs), seconds)
 
     def blank_image(self, kind: Kind = "embed") -> Tensor:
         """Return a black image.
@@ -197,6 +222,20 @@ class Core:
         size = processor.crop_size or cfg.image_size
         image = np.zeros((*size, cfg.in_channels), np.uint8)
         return processor.to_float(image) if kind == "attend" else self.engine.preprocess(image)
+
+
+def _sizes_to_compile(max_batch: int, num_threads: int) -> list[int]:
+    """Return sizes of batches from which every program of a CompiledViT is compiled.
+
+    ParallelCompute gives a batch of less than two images a thread to all threads together, and of a
+    larger one a part to each thread. Both are divided into powers of two.
+    """
+    powers = [1 << bit for bit in range(max_batch.bit_length())]
+    together = [size for size in powers if size < 2 * num_threads]
+    parts = [size * num_threads for size in powers[1:]]
+    # Of parts with an odd number of images one image is left.
+    sizes = {*together, *parts, 2 * num_threads + 1, max_batch}
+    return sorted(size for size in sizes if size <= max_batch)
 
 
 def _is_rotated(image: Image.Image) -> bool:
