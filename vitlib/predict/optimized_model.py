@@ -159,6 +159,23 @@ def compile_optimized(fast: FastViT, model: ViT | None = None) -> FastViT:
     return optimize(model, fast.precision, compile=True)  # no int8 here, which would need photos
 
 
+def count_programs(model: object) -> tuple[int, int] | None:
+    """Count the compiled programs of a model on a CPU.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The programs that are used, as they are faster, and all; None for a model without programs.
+    """
+    from vitlib.fast.compiled import CompiledViT
+
+    if not isinstance(model, CompiledViT):
+        return None
+    programs = model.programs.functions.values()
+    return sum(program is not None for program in programs), len(programs)
+
+
 def check_head(model: Model) -> None:
     """Check that a model has a head.
 

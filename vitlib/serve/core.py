@@ -22,6 +22,7 @@ from vitlib.fast import FastViT
 from vitlib.image.decode import ORIENTATION, describe_image, open_header
 from vitlib.image.decode_limits import is_slow
 from vitlib.image.prefetch import stack
+from vitlib.predict.optimized_model import count_programs
 from vitlib.predict.predictor import Predictor
 from vitlib.serve.explanation import Explanation
 from vitlib.system.parallel import ParallelCompute
@@ -205,9 +206,9 @@ class Core:
                 self.answer(kind, [image] * size)
         # A photo of another shape or depth would make all requests wait for the compiler.
         model.programs.num_failures = MAX_FAILURES
-        programs, seconds = model.programs.functions.values(), time.perf_counter() - start
-        num_used = sum(program is not None for program in programs)
-        logger.info("%d of %d programs are used: %.0f s", num_used, len(programs), seconds)
+        used, total = count_programs(model) or (0, 0)
+        seconds = time.perf_counter() - start
+        logger.info("compiled in %.0f s: %d of %d programs are used", seconds, used, total)
 
     def blank_image(self, kind: Kind = "embed") -> Tensor:
         """Return a black image.
