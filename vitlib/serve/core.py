@@ -170,7 +170,7 @@ class Core:
         return list(explanation.compute(net, batch.to(next(net.parameters()).device)))
 
     def warm_up(self, max_batch: int) -> None:
-        """Compute each batch size of each kind twice on a GPU, and compile them on a CPU.
+        """Compute each batch size of each kind twice on a GPU, and compile the programs of a CPU.
 
         At the second batch of a size a GPU captures its kernels into a graph, which would delay a
         request. On a CPU a model without compile=True needs nothing. The thread that computes must
@@ -180,8 +180,7 @@ class Core:
             max_batch: The largest number of images of a batch.
         """
         if self.engine.device.type != "cuda":
-            if self.predictor.compile:
-                self._compile(max_batch)
+            self._compile(max_batch)
             return
         from vitlib.fast.micro_batch import micro_batch_sizes
 
@@ -192,11 +191,11 @@ class Core:
                     self.answer(kind, [image] * size)
 
     def _compile(self, max_batch: int) -> None:
-        """Compile the programs of all batches on a CPU, and have requests compile no others."""
+        """Compile the programs of all batches, where the model has any; requests add none."""
         from vitlib.fast.compiled import MAX_FAILURES, CompiledViT  # few servers compile
 
         model, start = self.engine.model, time.perf_counter()
-        if not isinstance(model, CompiledViT):  # it has modules of the user's own
+        if not isinstance(model, CompiledViT):
             return
         for kind in self.kinds:
             if kind == "attend":  # computed by the model as loaded
