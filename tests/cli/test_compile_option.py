@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from vitlib.system.parallel import ParallelCompute
 pytestmark = pytest.mark.usefixtures("fake_compiler")
 
 
-def make_predictor(**more: Any) -> Predictor:
+def make_predictor(changes: dict[str, Any] | None = None, **more: Any) -> Predictor:
     torch.manual_seed(0)
-    model = ViT(BASE)
+    model = ViT(replace(BASE, **changes or {}))
     torch.nn.init.normal_(model.head.weight)
     return Predictor(model, ImageProcessor(size=(32, 32)), **more)
 
@@ -74,8 +75,20 @@ def test_predictor_compiles_and_gives_the_same_labels() -> None:
     predictor = make_predictor(compile=True)
     assert np.allclose(predictor.probabilities(photos), expected, atol=1e-6)
     assert [key[2][0] for key in programs_of(predictor)] == [2, 1]
-    assert {(key[1], key[3]) for key in programs_of(predictor)} == {("forward", torch.uint8)}
+    assert {key[3] for key in programs_of(predictor)} == {torch.uint8}
+    vectors = predictor.embed(photos)
+    assert np.allclose(vectors, make_predictor().embed(photos), atol=1e-5)
+    assert {key[1] for key in programs_of(predictor)} == {"embed"}  # for labels too
     assert not isinstance(make_predictor().fast(), CompiledViT)
+
+
+def test_second_head_has_a_program_of_its_own() -> None:
+    """A distillation head reads another token than the embedding."""
+    photos, changes = make_photos(1), {"dist_token": True, "dist_head": True}
+    expected = make_predictor(changes).probabilities(photos)
+    predictor = make_predictor(changes, compile=True)
+    assert np.allclose(predictor.probabilities(photos), expected, atol=1e-6)
+    assert {key[1] for key in programs_of(predictor)} == {"forward"}
 
 
 def test_predictor_compiles_what_is_optimized_already(tmp_path: Path) -> None:
@@ -151,17 +164,16 @@ def test_server_compiles_before_it_is_ready(caplog: pytest.LogCaptureFixture) ->
     core = Core(make_predictor(compile=True), max_pixels=10**6)
     core.warm_up(6)
     programs = programs_of(core.predictor)
-    assert {key[1] for key in programs} == {"forward", "embed"}
     shapes = {(key[2][0], key[4]) for key in programs}
     assert shapes == {(1, 2), (2, 2), (1, 1), (2, 1)}
-    assert "8 of 8 programs are used" in caplog.text
+    assert "4 of 4 programs are used" in caplog.text
     # No later request waits for the compiler, whatever it brings.
     image = core.blank_image()
     for size in range(1, 7):
         core.answer("classify", [image] * size)
-    assert count_programs(core.engine.model) == (8, 8)
+    assert count_programs(core.engine.model) == (4, 4)
     core.answer("classify", [image.float()])
-    assert count_programs(core.engine.model) == (8, 9)
+    assert count_programs(core.engine.model) == (4, 5)
     assert core.engine.model.programs.num_failures == MAX_FAILURES
 
 
@@ -185,7 +197,7 @@ def test_serve_verb_says_that_it_compiles(
         assert ("compiling the model for every size of batch" in err) == bool(option)
     before, after = predictors
     assert not isinstance(before.fast(), CompiledViT)
-    assert {key[1] for key in programs_of(after)} == {"forward", "embed"}
+    assert {key[2][0] for key in programs_of(after)} == {1, 2}
 
 
 def test_batch_verb(run_cli: Run, tmp_path: Path, predictors: list[Predictor], photo: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.fast import FastViT
+from vitlib.fast.compiled import CompiledViT
 from vitlib.fast.model import Method, bind
 from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.vit import ViT
@@ -187,6 +188,8 @@ class FastBackend:
         Args:
             images: (B, C, H, W), uint8 or normalised, on any device.
         """
+        if isinstance(self.model, CompiledViT) and self.model.trunk.head_dist is None:
+            return self.compute_both(images)[0]  # one program for labels and embeddings
         images = self.model.upload(images)
         if images.dtype == torch.uint8:
             return self.model.forward_uint8(images)
