@@ -49,7 +49,7 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
 @model_option
 @device_options
 @precision_options
-@compile_option("It takes half a minute for each size of batch: for runs of an hour and more.")
+@compile_option("Half a minute passes for each size of batch: for runs of an hour and more.")
 @calibration_option
 @click.option(
     "--task", type=click.Choice(("classify", "embed", "both")),

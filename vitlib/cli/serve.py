@@ -107,7 +107,7 @@ def limit_options(command: F) -> F:
 @limit_options
 @device_options
 @precision_options
-@compile_option("The server answers after the minutes that it takes.")
+@compile_option("The server starts some minutes later.")
 @calibration_option
 def serve(
     host: str,
