@@ -17,7 +17,6 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.fast import FastViT
-from vitlib.fast.compiled import CompiledViT
 from vitlib.fast.model import Method, bind
 from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.vit import ViT
@@ -188,7 +187,7 @@ class FastBackend:
         Args:
             images: (B, C, H, W), uint8 or normalised, on any device.
         """
-        if isinstance(self.model, CompiledViT) and self.model.trunk.head_dist is None:
+        if _is_compiled(self.model) and self.model.trunk.head_dist is None:
             return self.compute_both(images)[0]  # one program for labels and embeddings
         images = self.model.upload(images)
         if images.dtype == torch.uint8:
@@ -226,6 +225,15 @@ class FastBackend:
     def check_weights(self) -> None:
         """Raise CheckpointError where weights are not finite."""
         check_finite(self.model.state_dict().items())
+
+
+def _is_compiled(model: FastViT) -> bool:
+    """Return True if a model has compiled programs, without importing their module for others."""
+    if type(model) is FastViT:
+        return False
+    from vitlib.fast.compiled import CompiledViT
+
+    return isinstance(model, CompiledViT)
 
 
 def _compute_both(
