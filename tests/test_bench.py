@@ -253,6 +253,21 @@ def test_compiled_models_are_timed_beside_the_others(run_cli: Run) -> None:
     assert "compiled      fp32 2 of 2 programs are faster, and used" in out
     assert re.search(r"^3 +fp32 compiled +[0-9.]+ ", out, re.MULTILINE)
     assert run_cli(*options[:-1], "--json")[1].count("compiled") == 1
+    assert "1x3x28x28 compiled in 0 s: 2.00x as fast" in run_cli("-v", *options)[2]
+
+
+@pytest.mark.usefixtures("quick", "fake_compiler")
+def test_bench_says_why_nothing_is_compiled(
+    run_cli: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("vitlib.fast.compiled.trace_whole", fail)
+    options = ("--device", "cpu", "--rounds", 1, "--precision", "fp32", "--batch-size", 1)
+    status, out, _ = run_cli("bench", "demo", *options, "--compile")
+    assert (status, "fp32 0 of 1 programs" in out) == (0, True)
+    assert "is not compiled, and slower: RuntimeError: no C++ compiler" in caplog.text
 
 
 @pytest.mark.usefixtures("quick", "fake_compiler")

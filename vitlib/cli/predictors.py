@@ -163,7 +163,8 @@ def mute_libraries() -> None:
 def logs_muted() -> Iterator[None]:
     """Mute the log lines of loading and saving, for verbs whose output contains them.
 
-    Errors stay, and lines that no output contains: about an image, about which model is meant.
+    Errors stay, and lines that no output contains: about an image, about which model is meant,
+    about a compiled program.
     """
     logger = logging.getLogger("vitlib")
     logger.addFilter(_is_shown)
@@ -174,10 +175,11 @@ def logs_muted() -> Iterator[None]:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Return True if a log line is an error, or about an image or the choice of a model."""
+    """Return True if a log line is an error, or about an image, a model's choice or a program."""
     # image.depth and source.locate set these attributes on the lines that no output contains.
     marked = hasattr(record, "image_warning") or hasattr(record, "always_show")
-    return record.levelno >= logging.ERROR or marked
+    is_compiled = record.module == "compiled"  # fast/compiled.py, about each program
+    return record.levelno >= logging.ERROR or marked or is_compiled
 
 
 def _readable(images: Iterable[str | bytes], predictor: Predictor) -> list[str | bytes]:
