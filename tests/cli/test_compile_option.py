@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,7 +20,8 @@ from fixtures.fast_models import BASE
 from vitlib import ImageProcessor, Predictor, ViT, optimize
 from vitlib.batch.manifest import Settings, describe_operations
 from vitlib.batch.options import make_worker_factory
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, ImageError
+from vitlib.fast import FastViT
 from vitlib.fast.compiled import MAX_FAILURES, CompiledViT
 from vitlib.predict.optimized_model import count_programs
 from vitlib.serve.core import Core, _sizes_to_compile
@@ -106,6 +107,42 @@ def test_auto_compiles_the_precision_that_it_chooses() -> None:
     predictor = make_predictor(compile=True, precision="auto", calibrate=make_photos(4))
     assert programs_of(predictor) == {}  # none for the photos that choose
     assert "auto chose" in predictor.precision_note
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_gpu_compiles_while_it_optimizes(
+    monkeypatch: pytest.MonkeyPatch, precision: Literal["fp32", "auto"]
+) -> None:
+    calls: list[dict[str, Any]] = []
+    fast = optimize(make_predictor().model)  # type: ignore[arg-type]
+    monkeypatch.setattr(FastViT, "device", property(lambda _: torch.device("cuda", 0)))
+    monkeypatch.setattr(
+        "vitlib.fast.auto_precision.choose_precision", lambda *_: (fast, "auto chose fp32")
+    )
+
+    def note(*_: object, **more: Any) -> FastViT:
+        calls.append(more)
+        return fast
+
+    monkeypatch.setattr("vitlib.predict.optimized_model.optimize", note)
+    predictor = make_predictor(compile=True, precision=precision)
+    assert predictor.fast() is fast
+    assert [call["compile"] for call in calls] == [True]
+    with pytest.raises(ConfigError, match="this model was optimized on a GPU: leave it out"):
+        Predictor(fast, predictor.image_processor, compile=True)
+
+
+def test_trunk_for_uint8_takes_uint8_pixels() -> None:
+    """A compiled program calls it with the pixels as they are."""
+    model = ViT(BASE)
+    model.image_processor = ImageProcessor(size=(32, 32))
+    fast = optimize(model)
+    pixels = torch.arange(2 * 3 * 32 * 32, dtype=torch.int64).view(2, 3, 32, 32).to(torch.uint8)
+    assert fast.uint8_trunk is not None
+    with torch.no_grad():
+        assert torch.equal(fast.uint8_trunk(pixels), fast.forward_uint8(pixels))
+        with pytest.raises(ImageError, match=r"pixels are torch\.uint8"):
+            fast.trunk(pixels)
 
 
 def test_change_of_compile_makes_another_copy() -> None:
