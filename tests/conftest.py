@@ -91,6 +91,16 @@ def run_cli(
     return run
 
 
+@pytest.fixture
+def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler on CPUs that takes no time: each program is the function it was made from."""
+    from contextlib import nullcontext
+
+    monkeypatch.setattr("vitlib.fast.compiled.trace_whole", lambda function: function)
+    monkeypatch.setattr("vitlib.fast.compiled.compiler_settings", nullcontext)
+    monkeypatch.setattr("vitlib.fast.compiled.measure_gain", lambda *_: 2.0)
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     from fixtures.browser import start_chromium

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -232,6 +233,59 @@ def test_bench_command_rejects_wrong_arguments(run_cli: Run, tmp_path: Path) -> 
         assert err.startswith("vitlib: error: ")
         assert why in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("quick", "fake_compiler")
+def test_compiled_models_are_timed_beside_the_others(run_cli: Run) -> None:
+    options = ("bench", "demo", "--device", "cpu", "--rounds", 1, "--precision", "fp32")
+    options = (*options, "--batch-size", 1, "--batch-size", 3, "--compile")
+    status, out, err = run_cli(*options, "--json")
+    assert (status, err.count("\n")) == (0, 1)
+    assert "compiling the model for each precision and batch size" in err
+    result = json.loads(out)
+    assert [(row["batch_size"], row["precision"]) for row in result["timings"]] == [
+        (size, name) for size in (1, 3) for name in (AS_LOADED, "fp32", "fp32 compiled")
+    ]
+    assert result["compiled"] == {"fp32": [2, 2]}  # of 1 image and of 2
+    assert result["arithmetic"]["fp32 compiled"] == result["arithmetic"]["fp32"]
+    assert set(result["optimize_seconds"]) == {"fp32"}
+    out = run_cli(*options)[1]
+    assert "compiled      fp32 2 of 2 programs are faster, and used" in out
+    assert re.search(r"^3 +fp32 compiled +[0-9.]+ ", out, re.MULTILINE)
+    assert run_cli(*options[:-1], "--json")[1].count("compiled") == 1
+    assert "1x3x28x28 compiled in 0 s: 2.00x as fast" in run_cli("-v", *options)[2]
+
+
+@pytest.mark.usefixtures("quick", "fake_compiler")
+def test_bench_says_why_nothing_is_compiled(
+    run_cli: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("vitlib.fast.compiled.trace_whole", fail)
+    options = ("--device", "cpu", "--rounds", 1, "--precision", "fp32", "--batch-size", 1)
+    status, out, _ = run_cli("bench", "demo", *options, "--compile")
+    assert (status, "fp32 0 of 1 programs" in out) == (0, True)
+    assert "is not compiled, and slower: RuntimeError: no C++ compiler" in caplog.text
+
+
+@pytest.mark.usefixtures("quick", "fake_compiler")
+def test_compiling_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+
+    def compile_slowly(function: Callable[..., object]) -> Callable[..., object]:
+        compiled.append(1)
+        time.sleep(2)
+        return function
+
+    monkeypatch.setattr("vitlib.fast.compiled.trace_whole", compile_slowly)
+    model, chosen = tiny(), {"precisions": ["fp32"], "batch_sizes": [1], "rounds": 1}
+    result = measure(model, "tiny", compile=True, turn_seconds=0.0, **chosen)  # type: ignore[arg-type]
+    assert compiled == [1]
+    assert result.timings[-1].precision == "fp32 compiled"
+    assert result.timings[-1].p99_ms < 2000
+    assert measure(model, "tiny", turn_seconds=0.0, **chosen).compiled == {}  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("quick")

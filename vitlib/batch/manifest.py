@@ -23,6 +23,7 @@ from vitlib.batch.worker import Task
 from vitlib.errors import BatchError
 from vitlib.fast import FastViT
 from vitlib.fast.cpu import kernel_plan, this_machine
+from vitlib.predict.optimized_model import count_programs
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import Task as ScoreTask
 from vitlib.source.locate import MAX_JSON_BYTES
@@ -244,6 +245,8 @@ def describe_operations(predictor: Predictor) -> dict[str, str]:
         operations["runtime"] = fast.runtime.version
     plan = kernel_plan(fast.precision) if isinstance(fast, FastViT) else None
     operations |= {"cpu": f"{machine.architecture} {machine.vendor}, {machine.features}"}
+    if count_programs(fast) is not None:
+        operations["compiler"] = "inductor"
     if plan is not None:
         operations["linears"] = f"{plan.arithmetic}{', packed' * plan.packed}"
         operations["attention"] = (

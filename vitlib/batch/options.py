@@ -216,7 +216,7 @@ def restore_predictor(predictor: Predictor, digest: str, earlier: Settings, out:
         _check_same("precision", earlier.precision, predictor.precision, out)
     stored = out / RUN / MODEL
     if (stored / _CALIBRATED).exists():
-        return Predictor.load(stored)
+        return Predictor.load(stored, compile=predictor.compile)
     if predictor.precision == earlier.precision or earlier.precision == "fp16":
         return predictor
     precision: Any = earlier.precision
@@ -225,6 +225,7 @@ def restore_predictor(predictor: Predictor, digest: str, earlier: Settings, out:
         predictor.image_processor,
         precision=precision,
         calibration=predictor.calibration,
+        compile=predictor.compile,
     )
 
 
@@ -258,6 +259,7 @@ class WorkerFactory:
         source: folder of the saved model, or an exported file.
         settings: settings of the run.
         optimized: True if the saved model is optimized.
+        compile: True compiles the model.
         facts: image_processor and labels of an exported file, as arguments of Predictor.load.
     """
 
@@ -267,10 +269,11 @@ class WorkerFactory:
         settings: Settings,
         *,
         optimized: bool,
+        compile: bool = False,  # noqa: A002
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.source, self.optimized = os.fspath(source.absolute()), optimized
-        self.facts = facts
+        self.facts, self.compile = facts, compile
         self.precision, self.task, self.top_k = settings.precision, settings.task, settings.top_k
 
     def __call__(self, number: int) -> Worker:
@@ -291,6 +294,7 @@ class WorkerFactory:
             self.source,
             device=f"cuda:{number % gpus}" if gpus else None,
             precision=None if self.optimized or self.precision == "fp16" else self.precision,  # type: ignore[arg-type]
+            compile=self.compile,
         )
         return Worker(predictor.engine(), self.task, self.top_k)
 
@@ -328,7 +332,7 @@ def make_worker_factory(predictor: Predictor, settings: Settings, out: Path) -> 
         predictor.save(folder)
     else:
         optimized = True
-    return WorkerFactory(folder, settings, optimized=optimized)
+    return WorkerFactory(folder, settings, optimized=optimized, compile=predictor.compile)
 
 
 def choose_calibration_photos(predictor: Predictor, source: Source) -> None:

@@ -77,7 +77,8 @@ def measure_file(
         dtype=runtime.info.precision if runtime.info else runtime.input_dtype,
         device=describe_device(device), torch=runtime.version, threads=(threads,),
         rounds=rounds, load_seconds=load_seconds, optimize_seconds={}, arithmetic={AS_LOADED: ""},
-        left_out=left_out, in_8_bits=None, calibrated=False, gemm={}, timings=tuple(timings),
+        left_out=left_out, in_8_bits=None, calibrated=False, compiled={}, gemm={},
+        timings=tuple(timings),
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Speed of a model on this machine in every precision, relative to the machine's own GEMM rate.
 
-How data flows: the model is optimized once for each precision. For each batch size, the model as
-loaded, its optimized forms and bare matrix products take turns, so that other load on the machine
-affects all of them alike. Comparisons with other libraries are in benchmarks/.
+How data flows: the model is optimized once for each precision, and may be compiled as well. For
+each batch size, the model as loaded, its other forms and bare matrix products take turns, so that
+other load on the machine affects all of them alike. Comparisons with other libraries are in
+benchmarks/.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vitlib.bench.turns import (
     AS_LOADED,
+    COMPILED,
     GEMM,
     TURN_SECONDS,
     Bench,
@@ -43,6 +45,7 @@ from vitlib.fast.linears import FastLinear
 from vitlib.fast.report import precision_support
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
+from vitlib.predict.optimized_model import compile_optimized, count_programs
 from vitlib.system.memory import explain_out_of_memory
 from vitlib.system.torch_state import unavailable
 from vitlib.vit import ViT
@@ -83,6 +86,7 @@ def measure(
     rounds: int = 10,
     turn_seconds: float = TURN_SECONDS,
     calibrate: Iterable[ImageLike] | Tensor | None = None,
+    compile: bool = False,  # noqa: A002
     load_seconds: float | None = None,
     threads: Sequence[int] = (),
     progress: bool = False,
@@ -97,6 +101,7 @@ def measure(
         rounds: Turns of each form, after one that does not count.
         turn_seconds: Least length of a turn.
         calibrate: Photos or pixels that calibrate int8; None takes noise.
+        compile: True also times each precision compiled, as compile= of vitlib.optimize.
         load_seconds: Time to load the model, for the result.
         threads: Numbers of CPU threads, each timed; none means torch's own number.
         progress: Show a bar on stderr.
@@ -115,7 +120,7 @@ def measure(
     counts = check_threads(threads, device)
     if model.training or device.type == "meta":
         raise ConfigError("expected a model with weights, in eval mode: load() gives one")
-    optimized = _forms(model, precisions, calibrate)
+    optimized = _forms(model, precisions, calibrate, compile)
     forms = optimized.calls
     arithmetic = {form: _arithmetic(form, model) for form in forms}
     gemms = _gemms(device)
@@ -128,6 +133,7 @@ def measure(
         for batch_size in batch_sizes:
             pixels = _noise(model, batch_size)
             calls = {form: partial(run, pixels) for form, run in forms.items()} | gemms
+            # A compiled form compiles in its first turn, which does not count.
             with explain_out_of_memory(pixels):
                 turns = time_on_threads(calls, counts, rounds, turn_seconds, device, bar.update)
             for count in counts:
@@ -154,6 +160,7 @@ def measure(
         left_out=optimized.left_out,
         in_8_bits=optimized.in_8_bits,
         calibrated=calibrate is not None,
+        compiled=_count_programs(forms),
         gemm={kind.removeprefix(GEMM): median(rates) for kind, rates in gemm_rates.items()},
         timings=tuple(timings),
     )
@@ -230,6 +237,7 @@ def _forms(
     model: ViT,
     precisions: Sequence[Precision] | None,
     calibrate: Iterable[ImageLike] | Tensor | None,
+    compile: bool,  # noqa: A002
 ) -> _Forms:
     """Optimize for each precision; without a choice, unsupported ones are left out."""
     calls: dict[str, Call] = {AS_LOADED: model}
@@ -248,8 +256,16 @@ def _forms(
             left_out[precision] = str(error)
             continue
         seconds[precision] = time.perf_counter() - start
+        if compile:
+            calls[precision + COMPILED] = compile_optimized(fast, model)
         in_8_bits = _in_8_bits(fast) if int8 else in_8_bits
     return _Forms(calls, seconds, left_out, in_8_bits)
+
+
+def _count_programs(forms: Mapping[str, Call]) -> dict[str, tuple[int, int]]:
+    """Count the compiled programs of each precision: those that are used, and all."""
+    counts = {form: count_programs(call) for form, call in forms.items()}
+    return {form.removesuffix(COMPILED): n for form, n in counts.items() if n is not None}
 
 
 def _in_8_bits(fast: FastViT) -> tuple[int, int]:
@@ -281,6 +297,7 @@ def _arithmetic(form: str, model: ViT) -> str:
     """Return the arithmetic of a form's large linears; "" where no GEMM is measured in it."""
     if form == AS_LOADED:
         return next((n for n, d in _DTYPES.items() if d == next(model.parameters()).dtype), "")
+    form = form.removesuffix(COMPILED)
     kind = next(model.parameters()).device.type
     if kind == "cpu":
         return precision_support(_PRECISION[form]).arithmetic

@@ -15,6 +15,7 @@ from vitlib.fast.cpu import this_machine
 M, K, N = 1576, 768, 3072  # the reference GEMM: eight images in ViT-B/16's first MLP linear
 TURN_SECONDS = 0.25  # length of a turn; it has at least one call
 AS_LOADED, GEMM = "as loaded", "gemm "
+COMPILED = " compiled"  # behind a precision
 Call = Callable[..., object]
 
 
@@ -23,7 +24,8 @@ class Timing:
     """Speed of one form of the model at one batch size; times are of whole calls.
 
     Attributes:
-        precision: Precision, or "as loaded" for the model without optimize().
+        precision: Precision, with " compiled" behind it for the compiled model; or "as loaded" for
+            the model without optimize().
         batch_size: Images in a call.
         threads: CPU threads.
         images_per_second: Median over the turns.
@@ -63,6 +65,8 @@ class Bench:
         in_8_bits: Linears of the blocks that int8 runs in 8 bits, and all of them; which ones
             depends on the calibration. None without int8.
         calibrated: int8 was calibrated with the caller's images, not with noise.
+        compiled: Compiled programs that are used, as they are faster, and all of them, by
+            precision; a program is for a batch size and a number of threads.
         gemm: GFLOP/s of the reference GEMM, by arithmetic; median over all turns.
         timings: Speed of each form at each batch size.
     """
@@ -81,6 +85,7 @@ class Bench:
     left_out: Mapping[str, str]
     in_8_bits: tuple[int, int] | None
     calibrated: bool
+    compiled: Mapping[str, tuple[int, int]]
     gemm: Mapping[str, float]
     timings: tuple[Timing, ...]
 

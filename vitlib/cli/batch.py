@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from vitlib.cli.compiling import compile_option, print_compiling
 from vitlib.cli.options import (
     DEFAULT_MODEL,
     ModelOptions,
@@ -48,6 +49,7 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
 @model_option
 @device_options
 @precision_options
+@compile_option("Half a minute passes for each size of batch: for runs of an hour and more.")
 @calibration_option
 @click.option(
     "--task", type=click.Choice(("classify", "embed", "both")),
@@ -146,6 +148,8 @@ def batch(
     advise_after_interrupt("the same command continues the run, to the same files")
     if choices["task"] != "embed":
         print_calibration(predictor)
+    if options.compile:
+        print_compiling("at the first batch of each size, half a minute each")
     outcome = run(
         source,
         model=predictor,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitlib.cli.compiling import check_compile, compile_option, print_compiling
 from vitlib.cli.exported import is_exported
 from vitlib.cli.options import (
     SourceOptions,
@@ -92,6 +93,9 @@ SIZE = "B/16"
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Photos to calibrate int8 with. Default: noise.",
 )
+@compile_option(
+    "Each precision has two rows then; the half minute a row that it takes is not timed."
+)
 @json_option
 def bench(
     model: str | None,
@@ -104,6 +108,7 @@ def bench(
     threads: tuple[int, ...],
     rounds: int,
     calibrate: Path | None,
+    compile: bool,  # noqa: A002
     as_json: bool,
 ) -> None:
     """Time vitlib on this machine: every precision, and its GEMM rate.
@@ -121,6 +126,9 @@ def bench(
         raise click.UsageError("--image-size keep is for photos, and bench has none: give N or HxW")
     if calibrate is not None and precisions and "int8" not in precisions:
         raise click.UsageError("--calibrate is for int8: leave it out, or add --precision int8")
+    if compile:
+        check_compile(model or "")
+        print_compiling("for each precision and batch size, half a minute each")
     from vitlib.bench import measure
 
     mute_libraries()
@@ -146,6 +154,7 @@ def bench(
             batch_sizes=tuple(dict.fromkeys(batch_sizes)),
             rounds=rounds,
             calibrate=None if calibrate is None else list_photos(calibrate, "--calibrate"),
+            compile=compile,
             load_seconds=seconds,
             threads=threads,
             progress=is_terminal(),
@@ -233,6 +242,9 @@ def _rows(result: Bench) -> list[tuple[str, str]]:
         count, total = result.in_8_bits
         by = "photos" if result.calibrated else "noise: photos may choose others"
         rows.append(("in 8 bits", f"{count} of {total} linears of the blocks, chosen by {by}"))
+    if result.compiled:
+        used = (f"{name} {used} of {total}" for name, (used, total) in result.compiled.items())
+        rows.append(("compiled", f"{', '.join(used)} programs are faster, and used"))
     return rows + [("left out", f"{name}: {why}") for name, why in result.left_out.items()]
 
 
@@ -258,9 +270,10 @@ def _scaling(timing: Timing, result: Bench) -> list[str]:
 def _cells(timing: Timing, result: Bench) -> list[str]:
     """Format a row of the timings."""
     name, runs_in = timing.precision, result.arithmetic[timing.precision]
-    if name not in PRECISIONS:
+    precision = name.removesuffix(" compiled")
+    if precision not in PRECISIONS:
         name = f"{name} ({result.dtype})"
-    elif runs_in != name:
+    elif runs_in != precision:
         name = f"{name} (runs in {runs_in})"
     share = "-" if timing.gemm_share is None else f"{timing.gemm_share:.0%}"
     numbers = (timing.images_per_second, timing.p50_ms, timing.p99_ms)

@@ -28,7 +28,6 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8", "auto")
 DEFAULT_MODEL = "google/vit-base-patch16-224"
 F = TypeVar("F", bound=Callable[..., Any])
 
-
 # Flags of `source_options`, in the order of the help.
 SOURCE_FLAGS: dict[str, dict[str, Any]] = {
     "--source-layout": {
@@ -106,6 +105,7 @@ class ModelOptions:
         batch_size: images per forward pass.
         precision: arithmetic of the model; None for the checkpoint's own.
         calibrate: folder of photos to calibrate int8 with.
+        compile: compile the model.
         calibrated: True if the scores use the model's calibration.json.
         levels: black and white of images deeper than 8 bits.
         preprocess: checkpoint whose preprocessing is used; None for the model's own.
@@ -119,6 +119,7 @@ class ModelOptions:
     batch_size: int = 16
     precision: str | None = None
     calibrate: Path | None = None
+    compile: bool = False
     calibrated: bool = False
     levels: float | tuple[float, float] | None = None
     preprocess: str | None = None

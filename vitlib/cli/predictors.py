@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitlib.cli.compiling import check_compile
 from vitlib.cli.options import ModelOptions
 from vitlib.cli.photos import list_photos
 from vitlib.cli.printing import echo, show_life
@@ -61,6 +62,8 @@ def open_predictor(options: ModelOptions) -> Predictor:
     """
     if options.calibrate is not None and options.precision not in ("int8", "auto"):
         raise click.UsageError("--calibrate is for --precision int8 or auto")
+    if options.compile:
+        check_compile(options.model, options.image_size)
     mute_libraries()
     photos = None if options.calibrate is None else list_photos(options.calibrate, "--calibrate")
     with pause_collection(permanent=True):
@@ -83,6 +86,7 @@ def open_predictor(options: ModelOptions) -> Predictor:
                 device=options.device,
                 precision=options.precision,  # type: ignore[arg-type]
                 calibrate=photos,
+                compile=options.compile,
                 calibrated=options.calibrated,
             )
     if options.image_size is not None:
@@ -159,7 +163,8 @@ def mute_libraries() -> None:
 def logs_muted() -> Iterator[None]:
     """Mute the log lines of loading and saving, for verbs whose output contains them.
 
-    Errors stay, and lines that no output contains: about an image, about which model is meant.
+    Errors stay, and lines that no output contains: about an image, about which model is meant,
+    about a compiled program.
     """
     logger = logging.getLogger("vitlib")
     logger.addFilter(_is_shown)
@@ -170,10 +175,11 @@ def logs_muted() -> Iterator[None]:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Return True if a log line is an error, or about an image or the choice of a model."""
+    """Return True if a log line is an error, or about an image, a model's choice or a program."""
     # image.depth and source.locate set these attributes on the lines that no output contains.
     marked = hasattr(record, "image_warning") or hasattr(record, "always_show")
-    return record.levelno >= logging.ERROR or marked
+    is_compiled = record.module == "compiled"  # fast/compiled.py, about each program
+    return record.levelno >= logging.ERROR or marked or is_compiled
 
 
 def _readable(images: Iterable[str | bytes], predictor: Predictor) -> list[str | bytes]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vitlib.cli.compiling import check_compile, compile_option, print_compiling
 from vitlib.cli.options import (
     DEFAULT_MODEL,
     ModelOptions,
@@ -106,6 +107,7 @@ def limit_options(command: F) -> F:
 @limit_options
 @device_options
 @precision_options
+@compile_option("The server starts some minutes later.")
 @calibration_option
 def serve(
     host: str,
@@ -133,6 +135,12 @@ def serve(
 
     if options.precision == "auto" and options.calibrate is None:
         raise click.UsageError("--precision auto needs --calibrate, photos to choose by")
+    if options.compile:
+        check_compile(options.model, options.image_size)
+        if workers > 1:
+            raise click.UsageError(
+                "--compile is for one process, which uses all cores: leave it or --workers out"
+            )
     keys = () if api_key_file is None else run.read_keys(api_key_file)
     settings = Settings(
         limits=Limits(**limits),
@@ -177,6 +185,8 @@ def _load(options: ModelOptions, workers: int, device: str | None) -> Predictor:
         torch.set_num_threads(max(count_cores() // workers, 1))
     predictor = open_predictor(replace(options, device=device or options.device))
     predictor.fast()
+    if options.compile:
+        print_compiling("for every size of batch: the server answers in some minutes")
     print_calibration(predictor)
     return predictor
 

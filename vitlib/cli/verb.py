@@ -73,6 +73,7 @@ GROUPS = {
             "precision",
             "precisions",
             "calibrate",
+            "compile",
             "opset",
             "batch_size",
             "batch_sizes",

@@ -187,6 +187,8 @@ class FastBackend:
         Args:
             images: (B, C, H, W), uint8 or normalised, on any device.
         """
+        if _is_compiled(self.model) and self.model.trunk.head_dist is None:
+            return self.compute_both(images)[0]  # one program for labels and embeddings
         images = self.model.upload(images)
         if images.dtype == torch.uint8:
             return self.model.forward_uint8(images)
@@ -223,6 +225,15 @@ class FastBackend:
     def check_weights(self) -> None:
         """Raise CheckpointError where weights are not finite."""
         check_finite(self.model.state_dict().items())
+
+
+def _is_compiled(model: FastViT) -> bool:
+    """Return True if a model has compiled programs, without importing their module for others."""
+    if type(model) is FastViT:
+        return False
+    from vitlib.fast.compiled import CompiledViT
+
+    return isinstance(model, CompiledViT)
 
 
 def _compute_both(

@@ -111,6 +111,71 @@ def check_precision(model: Model, precision: str | None) -> None:
     )
 
 
+def prepare(model: Model, compile: bool) -> Model:  # noqa: A002
+    """Set a model to eval mode, and compile one that is optimized already.
+
+    Args:
+        model: The model.
+        compile: True to compile. A ViT is compiled when it is optimized.
+
+    Returns:
+        The model of a Predictor.
+
+    Raises:
+        ConfigError: The model is to be compiled, and is an exported file or on a GPU.
+    """
+    if isinstance(model, FastViT) and compile:
+        return compile_optimized(model)
+    if compile and not isinstance(model, ViT):
+        raise ConfigError(
+            f"compile=True: {model.name} is an exported file, which its own runtime computes: "
+            "leave compile= (--compile) out, or give the checkpoint"
+        )
+    return model.eval()
+
+
+def compile_optimized(fast: FastViT, model: ViT | None = None) -> FastViT:
+    """Compile a model that is optimized already.
+
+    Args:
+        fast: The optimized model.
+        model: The model that it was made from, which a GPU needs; None where it is not known.
+
+    Returns:
+        The compiled model.
+
+    Raises:
+        ConfigError: The device cannot compile, or needs the model.
+    """
+    from vitlib.fast.compiled import CompiledViT, compile_model  # few programs compile
+
+    if fast.device.type != "cuda":
+        return fast if isinstance(fast, CompiledViT) else compile_model(fast)
+    if model is None:
+        raise ConfigError(
+            "compile=True: this model was optimized on a GPU: leave it out, and give compile=True "
+            "to vitlib.optimize"
+        )
+    return optimize(model, fast.precision, compile=True)  # no int8 here, which would need photos
+
+
+def count_programs(model: object) -> tuple[int, int] | None:
+    """Count the compiled programs of a model on a CPU.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The programs that are used, as they are faster, and all; None for a model without programs.
+    """
+    from vitlib.fast.compiled import CompiledViT
+
+    if not isinstance(model, CompiledViT):
+        return None
+    programs = model.programs.functions.values()
+    return sum(program is not None for program in programs), len(programs)
+
+
 def check_head(model: Model) -> None:
     """Check that a model has a head.
 
@@ -134,6 +199,7 @@ def optimize_model(
     precision: AutoPrecision | None,
     image_processor: ImageProcessor,
     calibrate: Sequence[ImageLike] | None,
+    compile: bool = False,  # noqa: A002
 ) -> tuple[ViT | FastViT, str]:
     """Optimize a model for inference on images of a given preprocessing.
 
@@ -142,6 +208,7 @@ def optimize_model(
         precision: The precision; None takes that of the weights, "auto" selects by `calibrate`.
         image_processor: The preprocessing whose scale and shift the patch projection absorbs.
         calibrate: Images for "int8" and "auto".
+        compile: True compiles the model, as in vitlib.optimize.
 
     Returns:
         The optimized model, and one line that says which precision was selected and why; "" where
@@ -160,11 +227,11 @@ def optimize_model(
         if precision == "auto":
             fast, note = choose_precision(model, calibrate)
             logger.info("%s", note)
-            return fast, note
+            return (compile_optimized(fast, model) if compile else fast), note
         note = ""
         if precision is None:
             precision, note = weight_precision(next(model.parameters()))
-        return optimize(model, precision, calibrate=calibrate), note
+        return optimize(model, precision, calibrate=calibrate, compile=compile), note
     finally:
         model.image_processor = original
 

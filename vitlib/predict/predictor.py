@@ -55,6 +55,7 @@ class Predictor:
         precision: The requested precision; None is that of the checkpoint.
         precision_note: The precision that "auto" selected and why, or a faster one to try; "".
         calibrate: Images for precision "int8" and "auto".
+        compile: True compiles the optimized copy, as compile= of vitlib.optimize.
         calibration: Temperature and thresholds of every score; None leaves scores unchanged.
         source: The path or hub id that the model was loaded from; "" for a model in memory.
     """
@@ -67,6 +68,7 @@ class Predictor:
         precision: AutoPrecision | None = None,
         calibrate: Sequence[ImageLike] | None = None,
         calibration: Calibration | None = None,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         """Make a predictor of a model in memory.
 
@@ -77,11 +79,10 @@ class Predictor:
         """
         self.image_processor = check_preprocessing(model, image_processor)
         optimized_model.check_precision(model, precision)
-        self.model: Model = model.eval()
-        self.precision, self.calibrate = precision, calibrate
+        self.model: Model = optimized_model.prepare(model, compile)
+        self.precision, self.calibrate, self.compile = precision, calibrate, compile
         self.calibration = calibration
-        self.precision_note = ""
-        self.source = ""
+        self.precision_note = self.source = ""
         self._optimized_cache = optimized_model.OptimizedModelCache()
 
     @classmethod
@@ -107,6 +108,7 @@ class Predictor:
         device: torch.device | str | None = None,
         precision: AutoPrecision | None = None,
         calibrate: Sequence[ImageLike] | None = None,
+        compile: bool = False,  # noqa: A002
         calibrated: bool = True,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -138,6 +140,7 @@ class Predictor:
                 that of the checkpoint. "auto" takes the fastest that gives float32's labels on
                 `calibrate` (without a head: vectors within a cosine of 0.999).
             calibrate: Some of your images (32 or more), for "int8" and "auto".
+            compile: True compiles the model, as compile= of vitlib.optimize.
             calibrated: True applies the calibration.json beside the weights, where there is one.
             token: Access token of the hub.
             cache_dir: Cache folder of the hub.
@@ -155,9 +158,8 @@ class Predictor:
         hub["local_files_only"] = local_files_only
         reading: dict[str, Any] = {
             "layout": layout, "profile": profile, "prefix": prefix, "architecture": architecture,
-            "num_heads": num_heads, "activation": activation, "pool": pool,
+            "num_heads": num_heads, "activation": activation, "pool": pool, "dtype": dtype,
             "num_classes": num_classes, "in_channels": in_channels, "band_map": band_map,
-            "dtype": dtype,
         }  # fmt: skip
         open_source = partial(Source, source, **hub)
         model, processor = (
@@ -170,7 +172,7 @@ class Predictor:
                 ), open_source, image_size,
             )
         )  # fmt: skip
-        predictor = cls(model, processor, precision=precision, calibrate=calibrate)
+        predictor = cls(model, processor, precision=precision, calibrate=calibrate, compile=compile)
         predictor.source = os.fspath(source)
         if calibrated and model.num_classes:
             from vitlib.predict.calibration import Calibration  # most models have none
@@ -355,7 +357,7 @@ class Predictor:
         if not isinstance(model, ViT):
             return model
         optimized_model.current_config(model)
-        settings = self.precision, self.image_processor
+        settings = self.precision, self.image_processor, self.compile
         make = partial(self._optimize, model)
         return self._optimized_cache.get(model, settings, make, self.calibrate is not None)
 
@@ -393,6 +395,6 @@ class Predictor:
 
     def _optimize(self, model: ViT) -> ViT | FastViT:
         """Optimize the model, and keep the note about its precision."""
-        args = self.precision, self.image_processor, self.calibrate
+        args = self.precision, self.image_processor, self.calibrate, self.compile
         fast, self.precision_note = optimized_model.optimize_model(model, *args)
         return fast

@@ -8,6 +8,8 @@ Shapes: C channels, H W pixels, h w patches, D embedding.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,12 +22,14 @@ from vitlib.fast import FastViT
 from vitlib.image.decode import ORIENTATION, describe_image, open_header
 from vitlib.image.decode_limits import is_slow
 from vitlib.image.prefetch import stack
+from vitlib.predict.optimized_model import count_programs
 from vitlib.predict.predictor import Predictor
 from vitlib.serve.explanation import Explanation
 from vitlib.system.parallel import ParallelCompute
 from vitlib.vit import ViT
 
 Kind = Literal["classify", "embed", "attend"]  # the results that a request can have
+logger = logging.getLogger("vitlib")
 DEFAULT_EXPLANATION = Explanation()
 
 
@@ -166,15 +170,17 @@ class Core:
         return list(explanation.compute(net, batch.to(next(net.parameters()).device)))
 
     def warm_up(self, max_batch: int) -> None:
-        """Compute each batch size of each kind twice, on a GPU; on a CPU do nothing.
+        """Compute each batch size of each kind twice on a GPU, and compile the programs of a CPU.
 
         At the second batch of a size a GPU captures its kernels into a graph, which would delay a
-        request. The thread that computes must call this.
+        request. On a CPU a model without compile=True needs nothing. The thread that computes must
+        call this.
 
         Args:
             max_batch: The largest number of images of a batch.
         """
         if self.engine.device.type != "cuda":
+            self._compile(max_batch)
             return
         from vitlib.fast.micro_batch import micro_batch_sizes
 
@@ -183,6 +189,25 @@ class Core:
             for size in micro_batch_sizes(max_batch):
                 for _ in range(2):
                     self.answer(kind, [image] * size)
+
+    def _compile(self, max_batch: int) -> None:
+        """Compile the programs of all batches, where the model has any; requests add none."""
+        from vitlib.fast.compiled import MAX_FAILURES, CompiledViT  # few servers compile
+
+        model, start = self.engine.model, time.perf_counter()
+        if not isinstance(model, CompiledViT):
+            return
+        for kind in self.kinds:
+            if kind == "attend":  # computed by the model as loaded
+                continue
+            image = self.blank_image(kind)
+            for size in _sizes_to_compile(max_batch, self.parallel.num_threads):
+                self.answer(kind, [image] * size)
+        # A photo of another shape or depth would make all requests wait for the compiler.
+        model.programs.num_failures = MAX_FAILURES
+        used, total = count_programs(model) or (0, 0)
+        seconds = time.perf_counter() - start
+        logger.info("compiled in %.0f s: %d of %d programs are used", seconds, used, total)
 
     def blank_image(self, kind: Kind = "embed") -> Tensor:
         """Return a black image.
@@ -197,6 +222,20 @@ class Core:
         size = processor.crop_size or cfg.image_size
         image = np.zeros((*size, cfg.in_channels), np.uint8)
         return processor.to_float(image) if kind == "attend" else self.engine.preprocess(image)
+
+
+def _sizes_to_compile(max_batch: int, num_threads: int) -> list[int]:
+    """Return sizes of batches from which every program of a CompiledViT is compiled.
+
+    ParallelCompute gives a batch of less than two images a thread to all threads together, and of a
+    larger one a part to each thread. Both are divided into powers of two.
+    """
+    powers = [1 << bit for bit in range(max_batch.bit_length())]
+    together = [size for size in powers if size < 2 * num_threads]
+    parts = [size * num_threads for size in powers[1:]]
+    # Of parts with an odd number of images one image is left.
+    sizes = {*together, *parts, 2 * num_threads + 1, max_batch}
+    return sorted(size for size in sizes if size <= max_batch)
 
 
 def _is_rotated(image: Image.Image) -> bool:
