@@ -253,7 +253,7 @@ def test_compiled_models_are_timed_beside_the_others(run_cli: Run) -> None:
     assert "compiled      fp32 2 of 2 programs are faster, and used" in out
     assert re.search(r"^3 +fp32 compiled +[0-9.]+ ", out, re.MULTILINE)
     assert run_cli(*options[:-1], "--json")[1].count("compiled") == 1
-    assert "1x3x28x28 compiled in 0 s: 2.00x as fast" in run_cli("-v", *options)[2]
+    assert "1x3x28x28 on 1 thread compiled in 0 s: 2.00x as fast" in run_cli("-v", *options)[2]
 
 
 @pytest.mark.usefixtures("quick", "fake_compiler")

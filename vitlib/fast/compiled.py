@@ -19,19 +19,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import types
-import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitlib.errors import ConfigError, first_line
+from vitlib.errors import ConfigError, count_noun, first_line
 from vitlib.fast.attention import bmm_attention, fused_attention, graph_attention
 from vitlib.fast.block import FastBlock
+from vitlib.fast.inductor import (
+    COMPILER_SETTINGS,
+    BatchFunction,
+    compiler_settings,
+    trace_whole,
+)
 from vitlib.fast.linears import FastLinear, OpaqueLinear, PackedLinear
 from vitlib.fast.model import FastViT, Method, bind
 from vitlib.fast.module_swap import copy_with_children
@@ -41,7 +43,6 @@ from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
 
-BatchFunction = Callable[[Tensor], Tensor]
 # Each program takes tens of seconds and a copy of the weights. Photos in shapes of their own would
 # compile without end: further shapes run as without compiling.
 MAX_PROGRAMS = 16
@@ -54,16 +55,6 @@ MIN_GAIN = 0.02
 # as those of the precision itself; a wrong kernel moves it by its whole size.
 MAX_ERROR = {"fp32": 1e-5}
 MAX_ERROR_16_BITS = 0.1
-# Inductor's settings: weights are constants; products are also written as C++ templates; calls
-# between kernels are C++.
-COMPILER_SETTINGS: dict[str, Any] = {
-    "freezing": True,
-    "max_autotune": True,
-    "max_autotune_gemm_backends": "CPP,ATEN",
-    "cpp_wrapper": True,
-    "autotune_num_choices_displayed": 0,
-}
-WRITE_STATS = "_log_autotune_choices_stats"
 # The compiler's settings are the process's, and it times kernels: one program at a time.
 _compile_lock = threading.RLock()
 
@@ -94,11 +85,12 @@ class CompiledViT(FastViT):
             return super()._run(trunk, method, images)
         self.refuse_gradients(images)
         largest = self.batch_size or largest_power_of_two(self.images_at_a_time(images))
+        largest_pixel = 255.0 if is_uint8 else 1.0
         with torch.no_grad(), strict_float32(), explain_out_of_memory(images):
             outputs, start = [], 0
             for size in split_batch(len(images), largest):
                 part = images[start : start + size].to(self.input_dtype).contiguous()
-                outputs.append(self.programs.run(trunk, method, part, 255.0 if is_uint8 else 1.0))
+                outputs.append(self.programs.run(trunk, method, part, largest_pixel))
                 start += size
             return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(self.dtype)
 
@@ -164,10 +156,24 @@ class Programs:
         self.functions: dict[Hashable, BatchFunction | None] = {}
         self.plain_trunks: dict[int, ViT] = {}
         self.num_failures = 0
+        self.is_closed = False
 
     def __reduce__(self) -> tuple[type[Programs], tuple[float]]:
         """Copy or pickle without the programs: the copy compiles its own."""
         return Programs, (self.max_error,)
+
+    def close(self) -> None:
+        """Compile no more programs. Those that there are stay."""
+        self.is_closed = True
+
+    def count(self) -> tuple[int, int]:
+        """Count the programs.
+
+        Returns:
+            Those that are used, as they are faster, and all that were compiled or tried.
+        """
+        functions = list(self.functions.values())
+        return sum(function is not None for function in functions), len(functions)
 
     def run(self, trunk: ViT, method: Method, pixels: Tensor, largest: float) -> Tensor:
         """Run a micro-batch, and compile its program where there is none yet.
@@ -176,21 +182,22 @@ class Programs:
             trunk: The trunk.
             method: Its method, or a function of it.
             pixels: (B, C, H, W), contiguous, in the dtype that the trunk computes in.
-            largest: The largest pixel that the trunk takes.
+            largest: The largest pixel: 1, or 255 for a trunk of pixels that are not normalised.
 
         Returns:
             What the method gives, (B, ...).
         """
         eager = bind(trunk, method)
         key = id(trunk), method, pixels.shape, torch.get_num_threads()
-        if key not in self.functions:
+        if key not in self.functions and not self.is_closed:
             with _compile_lock:
-                if key not in self.functions:  # another thread may have compiled it meanwhile
+                # Another thread may have compiled it meanwhile.
+                if key not in self.functions and not self.is_closed:
                     sample = sample_like(pixels, largest)
                     exact = eager(sample)  # raises what is wrong with the caller's pixels
-                    plain = self._plain_function(trunk, method)
-                    self.functions[key] = self._compile_or_decline(eager, plain, sample, exact)
-        return (self.functions[key] or eager)(pixels)
+                    source = self._plain_function(trunk, method)
+                    self.functions[key] = self._compile_or_decline(eager, source, sample, exact)
+        return (self.functions.get(key) or eager)(pixels)
 
     def _plain_function(self, trunk: ViT, method: Method) -> BatchFunction:
         """Return a method of the trunk's copy with plain weights."""
@@ -199,28 +206,29 @@ class Programs:
         return bind(self.plain_trunks[id(trunk)], method)
 
     def _compile_or_decline(
-        self, eager: BatchFunction, plain: BatchFunction, sample: Tensor, exact: Tensor
+        self, eager: BatchFunction, source: BatchFunction, sample: Tensor, exact: Tensor
     ) -> BatchFunction | None:
         """Compile a program; None where it fails, differs or is no faster."""
-        if self.num_failures >= MAX_FAILURES:
-            return None
-        if sum(function is not None for function in self.functions.values()) >= MAX_PROGRAMS:
-            logger.warning("%d shapes are compiled: %s is not", MAX_PROGRAMS, shape_name(sample))
-            return None
-        start = time.perf_counter()
+        name, start = program_name(sample), time.perf_counter()
+        if len(self.functions) + 1 >= MAX_PROGRAMS:
+            logger.warning("%s is the last program, of %d: no more shapes are compiled", name,
+                           MAX_PROGRAMS)  # fmt: skip
+            self.close()
         try:
-            program = compile_program(plain, sample)
+            program = compile_program(source, sample)
             if not is_near(program(sample), exact, self.max_error):
                 raise ArithmeticError("the compiled program differs from the model")
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C++ compiler, or something that cannot be traced
-            self.num_failures += 1
             reason = f"{type(error).__name__}: {first_line(error)}"
-            logger.warning("%s is not compiled, and slower: %s", shape_name(sample), reason)
+            logger.warning("%s is not compiled, and slower: %s", name, reason)
+            self.num_failures += 1
+            if self.num_failures >= MAX_FAILURES:
+                self.close()
             return None
         seconds, gain = time.perf_counter() - start, measure_gain(program, eager, sample)
-        logger.info("%s compiled in %.0f s: %.2fx as fast", shape_name(sample), seconds, gain)
+        logger.info("%s compiled in %.0f s: %.2fx as fast", name, seconds, gain)
         return program if gain > 1 + MIN_GAIN else None
 
 
@@ -242,13 +250,13 @@ def compile_program(function: BatchFunction, sample: Tensor) -> BatchFunction:
     return program
 
 
-def shape_name(pixels: Tensor) -> str:
-    """Describe a micro-batch for people.
+def program_name(pixels: Tensor) -> str:
+    """Describe a program for people, by the shape and the threads that it is for.
 
     Args:
         pixels: (B, C, H, W).
     """
-    return "x".join(map(str, pixels.shape))
+    return f"{'x'.join(map(str, pixels.shape))} on {count_noun(torch.get_num_threads(), 'thread')}"
 
 
 def sample_like(pixels: Tensor, largest: float) -> Tensor:
@@ -258,14 +266,14 @@ def sample_like(pixels: Tensor, largest: float) -> Tensor:
 
     Args:
         pixels: (B, C, H, W).
-        largest: The largest pixel; above 1 they are levels, from 0.
+        largest: The largest pixel: 1, or above for whole numbers from 0.
 
     Returns:
-        The same shape, from 0 or -1 to `largest`.
+        The same shape, from -1 to 1, or from 0 to below `largest`.
     """
     count = pixels.numel()
     waves = torch.sin(torch.arange(count, dtype=torch.float32, device="cpu") * 0.7)
-    values = waves if largest <= 1 else ((waves + 1) * (largest / 2)).floor()
+    values = ((waves + 1) * (largest / 2)).floor() if largest > 1 else waves
     return values.view(pixels.shape).to(pixels.dtype)
 
 
@@ -330,76 +338,3 @@ def unpack_weights(module: nn.Module) -> Any:
         has_bf16 = clone.plan.attention_dtype == torch.bfloat16
         clone.sdpa = bmm_attention if has_bf16 else fused_attention
     return clone
-
-
-def trace_whole(function: BatchFunction) -> BatchFunction:
-    """Return a function that Inductor compiles at its first call.
-
-    Args:
-        function: A function of pixels of one shape and dtype, for one number of threads.
-
-    Returns:
-        The same function. It checks nothing of what it was compiled for, as its caller does.
-    """
-    unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    return compile_alone(function, options=unchecked)
-
-
-def compile_alone(function: BatchFunction, **arguments: Any) -> BatchFunction:
-    """Return a function that is traced whole at its first call.
-
-    Args:
-        function: A function of pixels of one shape.
-        **arguments: Of torch.compile.
-
-    Returns:
-        The same function.
-    """
-
-    def step(pixels: Tensor) -> Tensor:
-        return function(pixels)
-
-    # The compiler caches by code object: each program gets a function with one of its own.
-    code, cells = step.__code__.replace(), step.__closure__
-    unique = types.FunctionType(code, globals(), "step", None, cells)
-    compiled: BatchFunction = torch.compile(unique, fullgraph=True, dynamic=False, **arguments)
-
-    def run(pixels: Tensor) -> Tensor:
-        # A tensor of inference mode has no version counter, which the program asks for.
-        return compiled(pixels.clone() if pixels.is_inference() else pixels)
-
-    return run
-
-
-@lru_cache(maxsize=1)
-def register_fakes() -> None:
-    """Tell the compiler the shape of a packed weight in 8 bits, which torch leaves out."""
-    torch_library: Any = torch.library
-    with suppress(RuntimeError):  # registered by torch itself
-        torch_library.register_fake(
-            "onednn::qlinear_prepack", lambda weight, _: weight.new_empty(*reversed(weight.shape))
-        )
-
-
-@contextmanager
-def compiler_settings(settings: dict[str, Any]) -> Iterator[None]:
-    """Compile with settings of Inductor in a block, and without what it prints.
-
-    Args:
-        settings: By Inductor's names.
-    """
-    # torch's compiler takes a second to import, and has no annotations.
-    from torch._inductor import config, select_algorithm
-
-    register_fakes()
-    patch: Any = config
-    algorithms: Any = select_algorithm
-    # It writes to stderr, whatever the settings.
-    write_stats = getattr(algorithms, WRITE_STATS, None)
-    setattr(algorithms, WRITE_STATS, lambda *_: None)
-    try:
-        with warnings.catch_warnings(), patch.patch(settings):
-            warnings.simplefilter("ignore")  # the compiler's, which the caller cannot act on
-            yield
-    finally:
-        setattr(algorithms, WRITE_STATS, write_stats)

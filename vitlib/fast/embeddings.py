@@ -25,27 +25,9 @@ from vitlib.system.torch_state import float64_device
 
 
 class FastPatchEmbed(PatchEmbed):
-    """A PatchEmbed that resamples its positions once for each grid off the learned one.
+    """A PatchEmbed that resamples its positions once for each grid off the learned one."""
 
-    Attributes:
-        takes_uint8: True if the normalisation of uint8 pixels is folded into its projection.
-    """
-
-    takes_uint8 = False
     cached: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn pixels into tokens, as PatchEmbed does.
-
-        Args:
-            images: Pixels (B, C, H, W), of a float dtype, or uint8 where it takes them.
-
-        Returns:
-            Tokens (B, T, D).
-        """
-        if self.takes_uint8 and images.dtype == torch.uint8:
-            images = images.to(self.proj.weight.dtype)  # which a compiler fuses with its reader
-        return super().forward(images)
 
     def resize_pos_embed(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the position embeddings of a grid, as PatchEmbed.resize_pos_embed does.
@@ -216,6 +198,5 @@ def make_patch_embed(
         children["norm"] = copy_as_float32(embed.norm)
     fast = copy_with_children(embed, children)
     fast.__class__ = FastPatchEmbed
-    assert isinstance(fast, FastPatchEmbed)
-    fast.takes_uint8 = affine is not None
+    assert isinstance(fast, PatchEmbed)
     return fast

@@ -170,10 +170,7 @@ def count_programs(model: object) -> tuple[int, int] | None:
     """
     from vitlib.fast.compiled import CompiledViT
 
-    if not isinstance(model, CompiledViT):
-        return None
-    programs = model.programs.functions.values()
-    return sum(program is not None for program in programs), len(programs)
+    return model.programs.count() if isinstance(model, CompiledViT) else None
 
 
 def check_head(model: Model) -> None:

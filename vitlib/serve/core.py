@@ -22,7 +22,6 @@ from vitlib.fast import FastViT
 from vitlib.image.decode import ORIENTATION, describe_image, open_header
 from vitlib.image.decode_limits import is_slow
 from vitlib.image.prefetch import stack
-from vitlib.predict.optimized_model import count_programs
 from vitlib.predict.predictor import Predictor
 from vitlib.serve.explanation import Explanation
 from vitlib.system.parallel import ParallelCompute
@@ -192,7 +191,7 @@ class Core:
 
     def _compile(self, max_batch: int) -> None:
         """Compile the programs of all batches, where the model has any; requests add none."""
-        from vitlib.fast.compiled import MAX_FAILURES, CompiledViT  # few servers compile
+        from vitlib.fast.compiled import CompiledViT  # few servers compile
 
         model, start = self.engine.model, time.perf_counter()
         if not isinstance(model, CompiledViT):
@@ -204,8 +203,8 @@ class Core:
             for size in _sizes_to_compile(max_batch, self.parallel.num_threads):
                 self.answer(kind, [image] * size)
         # A photo of another shape or depth would make all requests wait for the compiler.
-        model.programs.num_failures = MAX_FAILURES
-        used, total = count_programs(model) or (0, 0)
+        model.programs.close()
+        used, total = model.programs.count()
         seconds = time.perf_counter() - start
         logger.info("compiled in %.0f s: %d of %d programs are used", seconds, used, total)
 

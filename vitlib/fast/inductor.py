@@ -1,0 +1,103 @@
+"""Call torch's compiler, Inductor, on functions of pixels.
+
+Nothing here imports the compiler before a function is compiled: it takes a second.
+
+Shapes: B images, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BatchFunction = Callable[[Tensor], Tensor]
+# Inductor's settings: weights are constants; products are also written as C++ templates; calls
+# between kernels are C++.
+COMPILER_SETTINGS: dict[str, Any] = {
+    "freezing": True,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "cpp_wrapper": True,
+    "autotune_num_choices_displayed": 0,
+}
+WRITE_STATS = "_log_autotune_choices_stats"
+
+
+def trace_whole(function: BatchFunction) -> BatchFunction:
+    """Return a function that Inductor compiles at its first call.
+
+    Args:
+        function: A function of pixels of one shape and dtype, for one number of threads.
+
+    Returns:
+        The same function. It checks nothing of what it was compiled for, as its caller does.
+    """
+    unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    return compile_alone(function, options=unchecked)
+
+
+def compile_alone(function: BatchFunction, **arguments: Any) -> BatchFunction:
+    """Return a function that is traced whole at its first call.
+
+    Args:
+        function: A function of pixels of one shape.
+        **arguments: Of torch.compile.
+
+    Returns:
+        The same function.
+    """
+
+    def step(pixels: Tensor) -> Tensor:
+        return function(pixels)
+
+    # The compiler caches by code object: each program gets a function with one of its own.
+    code, cells = step.__code__.replace(), step.__closure__
+    unique = types.FunctionType(code, globals(), "step", None, cells)
+    compiled: BatchFunction = torch.compile(unique, fullgraph=True, dynamic=False, **arguments)
+
+    def run(pixels: Tensor) -> Tensor:
+        # A tensor of inference mode has no version counter, which the program asks for.
+        return compiled(pixels.clone() if pixels.is_inference() else pixels)
+
+    return run
+
+
+@lru_cache(maxsize=1)
+def register_fakes() -> None:
+    """Tell the compiler the shape of a packed weight in 8 bits, which torch leaves out."""
+    torch_library: Any = torch.library
+    with suppress(RuntimeError):  # registered by torch itself
+        torch_library.register_fake(
+            "onednn::qlinear_prepack", lambda weight, _: weight.new_empty(*reversed(weight.shape))
+        )
+
+
+@contextmanager
+def compiler_settings(settings: dict[str, Any]) -> Iterator[None]:
+    """Compile with settings of Inductor in a block, and without what it prints.
+
+    Args:
+        settings: By Inductor's names.
+    """
+    # torch's compiler takes a second to import, and has no annotations.
+    from torch._inductor import config, select_algorithm
+
+    register_fakes()
+    patch: Any = config
+    algorithms: Any = select_algorithm
+    # It writes to stderr, whatever the settings.
+    write_stats = getattr(algorithms, WRITE_STATS, None)
+    setattr(algorithms, WRITE_STATS, lambda *_: None)
+    try:
+        with warnings.catch_warnings(), patch.patch(settings):
+            warnings.simplefilter("ignore")  # the compiler's, which the caller cannot act on
+            yield
+    finally:
+        setattr(algorithms, WRITE_STATS, write_stats)
