@@ -13,8 +13,7 @@ import logging
 import pickle
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,11 @@ PRECISIONS = [
 ]
 
 
-@contextmanager
-def no_settings(settings: object) -> Iterator[None]:  # noqa: ARG001
-    yield
-
-
 @pytest.fixture
-def trace_only(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Tensor], Tensor]]:
+def trace_only(
+    fake_compiler: None,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[Callable[[Tensor], Tensor]]:
     """Trace each program whole, run it operation by operation, and keep it; list the functions."""
     traced = []
 
@@ -68,17 +65,7 @@ def trace_only(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Tensor], Tenso
         return inductor.compile_alone(function, backend="eager")
 
     monkeypatch.setattr(compiled, "trace_whole", trace)
-    monkeypatch.setattr(compiled, "compiler_settings", no_settings)
-    monkeypatch.setattr(compiled, "measure_gain", lambda *_: 2.0)
     return traced
-
-
-@pytest.fixture
-def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take each function as its own program."""
-    monkeypatch.setattr(compiled, "trace_whole", lambda function: function)
-    monkeypatch.setattr(compiled, "compiler_settings", no_settings)
-    monkeypatch.setattr(compiled, "measure_gain", lambda *_: 2.0)
 
 
 def optimize_both(model: ViT, precision: Any) -> tuple[FastViT, CompiledViT]:
@@ -205,7 +192,7 @@ def test_8_bit_weights_are_plain_while_the_compiler_traces() -> None:
     assert relative_error(plain(images), fast(images)) <= 1e-3
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_batches_are_split_into_few_sizes() -> None:
     assert split_batch(7, 4) == [4, 2, 1]
     assert split_batch(8, 8) == [8]
@@ -220,7 +207,7 @@ def test_batches_are_split_into_few_sizes() -> None:
     assert sizes == {4, 2, 1}
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_each_shape_and_number_of_threads_has_a_program() -> None:
     model = tiny()
     _, both = optimize_both(model, "fp32")
@@ -236,7 +223,7 @@ def test_each_shape_and_number_of_threads_has_a_program() -> None:
     assert len(programs_of(both)) == 5
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_threads_that_come_at_once_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, compilations = tiny(), []
 
@@ -258,7 +245,7 @@ def test_threads_that_come_at_once_compile_once(monkeypatch: pytest.MonkeyPatch)
     assert len(compilations) == 1
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_program_that_is_no_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "measure_gain", lambda *_: 1.01)
     model = tiny()
@@ -268,7 +255,7 @@ def test_program_that_is_no_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert both.programs.count() == (0, 1)
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_program_that_differs_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,7 +271,7 @@ def test_program_that_differs_is_not_used(
     assert "the compiled program differs" in caplog.text
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_failures_are_named_and_end_compiling(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -304,7 +291,7 @@ def test_failures_are_named_and_end_compiling(
     ]
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_number_of_programs_is_bounded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,7 +306,7 @@ def test_number_of_programs_is_bounded(
     assert caplog.text.count(last) == 1
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 @pytest.mark.parametrize(
     "make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
@@ -334,7 +321,7 @@ def test_copies_compile_their_own_programs(make_copy: Callable[[FastViT], FastVi
     assert len(programs_of(twin)) == len(programs_of(both)) == 1
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_saved_folder_is_compiled_again(tmp_path: Path) -> None:
     model = tiny()
     fast = vitlib.optimize(model, compile=True)
@@ -347,7 +334,7 @@ def test_saved_folder_is_compiled_again(tmp_path: Path) -> None:
     assert not isinstance(vitlib.fast.load(tmp_path), CompiledViT)
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.mark.usefixtures("fake_compiler")
 def test_what_is_not_compiled_is_as_without(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny()
     fast, both = optimize_both(model, "fp32")
@@ -407,7 +394,7 @@ def test_comparison_refuses_what_is_not_finite_or_of_another_shape() -> None:
 
 
 def test_seconds_and_gain_are_logged(
-    untraced: None,  # noqa: ARG001
+    fake_compiler: None,  # noqa: ARG001
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, logger="vitlib")

@@ -162,7 +162,8 @@ def linear_int8_add(
     """
     if not packed.is_mkldnn:  # the compiler fuses the sum itself
         args = x, x_scale, x_zero_point, packed, scale, bias, torch.float32
-        return linear_int8(*args) + other
+        # Its fused sum takes the strides of `other` for those of the result.
+        return linear_int8(*args) + other.contiguous()
     y: Tensor = _ops.onednn.qlinear_pointwise.binary(
         x, x_scale, x_zero_point, packed, scale, _zeros(len(scale)), other, bias,
         1.0, 0, torch.float32, 1.0, 0, operation, 1.0, "none", [], "none",
