@@ -61,12 +61,7 @@ def compile_alone(function: BatchFunction, **arguments: Any) -> BatchFunction:
     code, cells = step.__code__.replace(), step.__closure__
     unique = types.FunctionType(code, globals(), "step", None, cells)
     compiled: BatchFunction = torch.compile(unique, fullgraph=True, dynamic=False, **arguments)
-
-    def run(pixels: Tensor) -> Tensor:
-        # A tensor of inference mode has no version counter, which the program asks for.
-        return compiled(pixels.clone() if pixels.is_inference() else pixels)
-
-    return run
+    return compiled
 
 
 @lru_cache(maxsize=1)
@@ -94,10 +89,12 @@ def compiler_settings(settings: dict[str, Any]) -> Iterator[None]:
     algorithms: Any = select_algorithm
     # It writes to stderr, whatever the settings.
     write_stats = getattr(algorithms, WRITE_STATS, None)
-    setattr(algorithms, WRITE_STATS, lambda *_: None)
+    if write_stats is not None:
+        setattr(algorithms, WRITE_STATS, lambda *_: None)
     try:
         with warnings.catch_warnings(), patch.patch(settings):
             warnings.simplefilter("ignore")  # the compiler's, which the caller cannot act on
             yield
     finally:
-        setattr(algorithms, WRITE_STATS, write_stats)
+        if write_stats is not None:
+            setattr(algorithms, WRITE_STATS, write_stats)
