@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, count_noun, first_line
+from vitlib.fast.amx_attention import amx_attention, load_kernel
 from vitlib.fast.attention import bmm_attention, fused_attention, graph_attention
 from vitlib.fast.block import FastBlock
 from vitlib.fast.inductor import (
@@ -333,8 +334,11 @@ def unpack_weights(module: nn.Module) -> Any:
         clone.packed = clone.weights().weight.contiguous()
     if isinstance(clone, PackedLinear):
         object.__setattr__(clone, "__class__", FastLinear)
-    if isinstance(clone, FastBlock) and clone.sdpa is graph_attention:
-        # oneDNN Graph's kernel is TorchScript. The fused one is as fast in bfloat16 on AMX alone.
-        has_bf16 = clone.plan.attention_dtype == torch.bfloat16
-        clone.sdpa = bmm_attention if has_bf16 else fused_attention
+    if isinstance(clone, FastBlock):
+        is_narrow = clone.plan.attention_dtype == torch.bfloat16
+        if clone.sdpa is graph_attention:
+            # oneDNN Graph's kernel is TorchScript. Without AMX the fused one is slower in bfloat16.
+            clone.sdpa = bmm_attention if is_narrow else fused_attention
+        elif clone.sdpa is fused_attention and is_narrow and load_kernel():
+            clone.sdpa = amx_attention
     return clone

@@ -74,6 +74,18 @@ def register_fakes() -> None:
         )
 
 
+def load_cpp(source: str) -> None:
+    """Compile a C++ library for this CPU and load it, which registers its operations.
+
+    Args:
+        source: C++ that includes torch's headers.
+    """
+    from torch._inductor import codecache  # has no annotations
+
+    cache: Any = codecache.CppCodeCache
+    cache.load(source)
+
+
 @contextmanager
 def compiler_settings(settings: dict[str, Any]) -> Iterator[None]:
     """Compile with settings of Inductor in a block, and without what it prints.
