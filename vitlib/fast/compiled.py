@@ -20,24 +20,19 @@ import logging
 import threading
 import time
 from collections.abc import Hashable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitlib.errors import ConfigError, count_noun, first_line
-from vitlib.fast.amx_attention import amx_attention, load_kernel
-from vitlib.fast.attention import bmm_attention, fused_attention, graph_attention
-from vitlib.fast.block import FastBlock
 from vitlib.fast.inductor import (
     COMPILER_SETTINGS,
     BatchFunction,
     compiler_settings,
     trace_whole,
 )
-from vitlib.fast.linears import FastLinear, OpaqueLinear, PackedLinear
 from vitlib.fast.model import FastViT, Method, bind
-from vitlib.fast.module_swap import copy_with_children
+from vitlib.fast.traced import unpack_weights
 from vitlib.system.memory import explain_out_of_memory
 from vitlib.system.torch_state import isolate_torch_settings, strict_float32
 from vitlib.vit import ViT
@@ -312,33 +307,3 @@ def measure_gain(program: BatchFunction, eager: BatchFunction, sample: Tensor) -
             times.append(time.perf_counter() - start)
     before, after = map(min, seconds)
     return before / after
-
-
-def unpack_weights(module: nn.Module) -> Any:
-    """Copy a module, with packed weights as plain tensors and attention that can be traced.
-
-    Its linear layers pack a plain weight at every call, which the compiler does once.
-
-    Args:
-        module: A trunk of fast modules, which is only read.
-
-    Returns:
-        The copy, which shares everything else.
-    """
-    children = {
-        name: None if child is None else unpack_weights(child)
-        for name, child in module._modules.items()
-    }
-    clone = copy_with_children(module, children)
-    if isinstance(clone, OpaqueLinear):
-        clone.packed = clone.weights().weight.contiguous()
-    if isinstance(clone, PackedLinear):
-        object.__setattr__(clone, "__class__", FastLinear)
-    if isinstance(clone, FastBlock):
-        is_narrow = clone.plan.attention_dtype == torch.bfloat16
-        if clone.sdpa is graph_attention:
-            # oneDNN Graph's kernel is TorchScript. Without AMX the fused one is slower in bfloat16.
-            clone.sdpa = bmm_attention if is_narrow else fused_attention
-        elif clone.sdpa is fused_attention and is_narrow and load_kernel():
-            clone.sdpa = amx_attention
-    return clone

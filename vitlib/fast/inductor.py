@@ -66,12 +66,16 @@ def compile_alone(function: BatchFunction, **arguments: Any) -> BatchFunction:
 
 @lru_cache(maxsize=1)
 def register_fakes() -> None:
-    """Tell the compiler the shape of a packed weight in 8 bits, which torch leaves out."""
+    """Tell the compiler shapes of oneDNN's operations that torch leaves out."""
     torch_library: Any = torch.library
-    with suppress(RuntimeError):  # registered by torch itself
-        torch_library.register_fake(
-            "onednn::qlinear_prepack", lambda weight, _: weight.new_empty(*reversed(weight.shape))
-        )
+    shapes: dict[str, Callable[..., Tensor]] = {
+        "mkldnn::_reorder_linear_weight": lambda weight, *_: weight.new_empty(weight.shape),
+        "mkldnn::_linear_pointwise.binary": lambda _, other, *__: other.new_empty(other.shape),
+        "onednn::qlinear_prepack": lambda weight, _: weight.new_empty(*reversed(weight.shape)),
+    }
+    for name, shape in shapes.items():
+        with suppress(RuntimeError):  # registered by torch itself
+            torch_library.register_fake(name, shape)
 
 
 def load_cpp(source: str) -> None:

@@ -1,0 +1,126 @@
+"""Fast modules as torch's compiler traces them: with plain weights, and kernels it can call.
+
+How data flows: unpack_weights copies a trunk of fast modules. Its linear layers get plain weights,
+which the compiler packs once, as packed ones are opaque to it; its attention gets the fastest
+kernel that can be traced.
+
+Shapes: (..., K) inputs to (..., N) outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.fast import onednn_ops
+from vitlib.fast.attention import bmm_attention, fused_attention, graph_attention
+from vitlib.fast.block import FastBlock
+from vitlib.fast.cpp_attention import cpp_attention
+from vitlib.fast.linears import FastLinear, OpaqueLinear, PackedLinear
+from vitlib.fast.module_swap import copy_with_children
+
+# Fewest rows whose float32 product is faster by oneDNN, with what follows fused, than by MKL, which
+# the compiler takes for a plain linear layer. Measured on an Intel CPU with AMX, ViT-S/16: 7 % and
+# 3 % slower at 197 and 394 rows, 5 % and 11 % faster at 788 and 1576.
+MIN_ONEDNN_ROWS = 600
+
+
+class TracedLinear(PackedLinear):
+    """A float32 layer of a plain weight, which the compiler packs for MKL or for oneDNN."""
+
+    def has_few_rows(self, x: Tensor) -> bool:
+        """Return True if MKL's kernels are faster.
+
+        Args:
+            x: (..., K).
+        """
+        return x.numel() < MIN_ONEDNN_ROWS * self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer, as PackedLinear does.
+
+        Args:
+            x: (..., K).
+
+        Returns:
+            (..., N).
+        """
+        if self.has_few_rows(x):
+            return FastLinear.forward(self, x)
+        return onednn_ops.linear(x, onednn_ops.pack(self.packed), self.bias)
+
+    def activate(self, x: Tensor, activation: str, next_linear: FastLinear | None) -> Tensor:
+        """Apply the layer and an activation, as PackedLinear does.
+
+        Args:
+            x: (..., K).
+            activation: "gelu", "gelu_tanh" or "silu".
+            next_linear: Not used.
+
+        Returns:
+            (..., N).
+        """
+        if self.has_few_rows(x):
+            return FastLinear.activate(self, x, activation, next_linear)
+        return onednn_ops.linear(x, onednn_ops.pack(self.packed), self.bias, activation)
+
+    def multiply(self, x: Tensor, other: Tensor) -> Tensor:
+        """Apply the layer and multiply by another tensor, as PackedLinear does.
+
+        Args:
+            x: (..., K).
+            other: (..., N).
+
+        Returns:
+            (..., N).
+        """
+        if self.has_few_rows(x):
+            return FastLinear.multiply(self, x, other)
+        packed = onednn_ops.pack(self.packed)
+        return onednn_ops.linear_binary(x, packed, self.bias, other, "mul")
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Apply the layer and add the residual stream, as PackedLinear does.
+
+        Args:
+            x: (..., K).
+            residual: (..., N), which is only read.
+
+        Returns:
+            (..., N).
+        """
+        if self.has_few_rows(x):
+            return FastLinear.add(self, x, residual)
+        packed, other = onednn_ops.pack(self.packed), residual.contiguous()
+        return onednn_ops.linear_binary(x, packed, self.bias, other, "add")
+
+
+def unpack_weights(module: nn.Module) -> Any:
+    """Copy a module, with packed weights as plain tensors and attention that can be traced.
+
+    Args:
+        module: A trunk of fast modules, which is only read.
+
+    Returns:
+        The copy, which shares everything else.
+    """
+    children = {
+        name: None if child is None else unpack_weights(child)
+        for name, child in module._modules.items()
+    }
+    clone = copy_with_children(module, children)
+    if isinstance(clone, OpaqueLinear):
+        clone.packed = clone.weights().weight.contiguous()
+    if isinstance(clone, PackedLinear):
+        traced = TracedLinear if clone.dtype == torch.float32 else FastLinear
+        object.__setattr__(clone, "__class__", traced)
+    if isinstance(clone, FastBlock):
+        dtype = clone.plan.attention_dtype
+        if clone.sdpa is graph_attention:
+            # oneDNN Graph's kernel is TorchScript. Without AMX the fused one is slower in bfloat16.
+            clone.sdpa = bmm_attention if dtype == torch.bfloat16 else fused_attention
+        if clone.sdpa is fused_attention:
+            clone.sdpa = cpp_attention(dtype)
+    return clone
