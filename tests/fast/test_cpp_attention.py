@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,17 @@ def test_operation_refuses_what_does_not_fit(dtype: torch.dtype) -> None:
         with pytest.raises(RuntimeError, match=r"do not fit|attention takes"):
             operation(*arguments)
     assert operation(q[:, :, :0], k, v).shape == (1, 0, 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operation_is_what_the_compiler_is_told(dtype: torch.dtype) -> None:
+    load(dtype)
+    name = kernel_name(dtype, this_machine())
+    operation = getattr(torch.ops.vitlib, str(name)).default
+    checks = ("test_schema", "test_faketensor")
+    checker: Any = torch.library.opcheck
+    for shape in SHAPES[:3]:
+        checker(operation, heads(shape, dtype), test_utils=checks)
 
 
 def test_machines_have_the_kernels_they_can_run() -> None:

@@ -49,7 +49,7 @@ class TracedLinear(PackedLinear):
         """
         if self.has_few_rows(x):
             return FastLinear.forward(self, x)
-        return onednn_ops.linear(x, onednn_ops.pack(self.packed), self.bias)
+        return onednn_ops.linear(x.to(self.dtype), onednn_ops.pack(self.packed), self.bias)
 
     def activate(self, x: Tensor, activation: str, next_linear: FastLinear | None) -> Tensor:
         """Apply the layer and an activation, as PackedLinear does.
@@ -64,7 +64,8 @@ class TracedLinear(PackedLinear):
         """
         if self.has_few_rows(x):
             return FastLinear.activate(self, x, activation, next_linear)
-        return onednn_ops.linear(x, onednn_ops.pack(self.packed), self.bias, activation)
+        packed = onednn_ops.pack(self.packed)
+        return onednn_ops.linear(x.to(self.dtype), packed, self.bias, activation)
 
     def multiply(self, x: Tensor, other: Tensor) -> Tensor:
         """Apply the layer and multiply by another tensor, as PackedLinear does.
@@ -79,7 +80,7 @@ class TracedLinear(PackedLinear):
         if self.has_few_rows(x):
             return FastLinear.multiply(self, x, other)
         packed = onednn_ops.pack(self.packed)
-        return onednn_ops.linear_binary(x, packed, self.bias, other, "mul")
+        return onednn_ops.linear_binary(x.to(self.dtype), packed, self.bias, other, "mul")
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Apply the layer and add the residual stream, as PackedLinear does.
