@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     by_two = attend(q, k, v, None)
     torch.set_num_threads(1)
     assert torch.equal(attend(q, k, v, None), by_two)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_number_of_threads_of_a_thread_stays(dtype: torch.dtype) -> None:
+    attend, (q, k, v) = load(dtype), heads((2, 3, 33, 33, 24), dtype)
+
+    def use_one() -> None:
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(use_one).result()
+        torch.set_num_threads(2)  # what torch would give a thread anew
+        pool.submit(attend, q, k, v, None).result()
+        assert pool.submit(torch.get_num_threads).result() == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -103,6 +103,19 @@ inline float largest_score(const float* scores, int64_t count) {
   return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
 }
 
+// Call f(begin, end) for parts of 0 to count, by as many threads as the caller has.
+//
+// at::parallel_for does this as well, but gives each thread that calls it first torch's default
+// number of threads: its state is in a header, so that this library has one of its own.
+template <typename F>
+void split_among_threads(int64_t count, const F& f) {
+  if (count > 1 && !at::in_parallel_region() && at::get_num_threads() > 1) {
+    at::internal::invoke_parallel(0, count, 1, f);
+  } else if (count > 0) {
+    f(0, count);
+  }
+}
+
 at::Tensor last_dim_dense(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
 
 // A matrix for each image and head, whose rows lie apart.
@@ -137,7 +150,7 @@ at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::T
   const Heads<Number> all_q(q), all_k(k), all_v(v);
   auto* const results = static_cast<Number*>(out.mutable_data_ptr());
   const int64_t blocks = (total + kQueries - 1) / kQueries;
-  at::parallel_for(0, images * heads * blocks, 1, [&](int64_t begin, int64_t end) {
+  split_among_threads(images * heads * blocks, [&](int64_t begin, int64_t end) {
     Kernel kernel(k.size(2), width);
     int64_t packed = -1;
     for (int64_t task = begin; task < end; ++task) {
