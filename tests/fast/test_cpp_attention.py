@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vitlib.fast import cpp_attention
 from vitlib.fast.attention import AttentionFunction, fused_attention
-from vitlib.fast.cpp_attention import MAX_TOKENS, kernel_name, load_kernel
+from vitlib.fast.cpp_attention import kernel_name, load_kernel, read_source
 from vitlib.fast.cpu import Machine, this_machine
 
 # Root mean square difference from float64 over its root mean square. float32 sums of up to 600
@@ -137,8 +137,10 @@ def test_layout_in_memory_changes_no_bit(dtype: torch.dtype) -> None:
 def test_large_scores_are_exact(dtype: torch.dtype) -> None:
     """One key takes all the weight; scores are far beyond what exp() holds."""
     q, k, v = heads((1, 2, 20, 50, 32), dtype)
-    q, k = q * 30, k * 30
-    assert relative_error(load(dtype)(q, k, v, None), exact_attention(q, k, v)) <= BOUNDS[dtype]
+    for factor in (30, 1e5, 1e8):
+        scaled = q * factor, k * factor
+        out = load(dtype)(*scaled, v, None)
+        assert relative_error(out, exact_attention(*scaled, v)) <= BOUNDS[dtype], factor
     shifted = load(dtype)(torch.ones_like(q) * -1000, torch.ones_like(k), v, None)
     mean = v.double().mean(dim=2, keepdim=True).expand(-1, -1, 20, -1)
     assert relative_error(shifted, mean.transpose(1, 2).flatten(2)) <= 4 * BOUNDS[dtype]
@@ -168,7 +170,7 @@ def test_other_calls_go_to_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         attend(q.half(), k.half(), v.half(), None),
         fused_attention(q.half(), k.half(), v.half(), None),
     )
-    monkeypatch.setitem(MAX_TOKENS, dtype, 8)
+    monkeypatch.setattr(cpp_attention, "MAX_TOKENS", 8)
     assert torch.equal(attend(q, k, v, None), fused_attention(q, k, v, None))
 
 
@@ -215,11 +217,23 @@ def test_kernel_that_is_not_compiled_leaves_torch_to_serve(
 
     caplog.set_level(logging.INFO, logger="vitlib")
     monkeypatch.setattr(cpp_attention, "load_cpp", fail)
+    monkeypatch.setattr(cpp_attention, "kernel_name", lambda *_: "attention_of_no_machine")
+    monkeypatch.setattr(cpp_attention, "read_source", lambda name: name)
     monkeypatch.setattr(cpp_attention, "load_kernel", load_kernel.__wrapped__)
     machine = Machine("x86_64", "intel", "", avx512=True)
     monkeypatch.setattr(cpp_attention, "this_machine", lambda: machine)
     assert cpp_attention.cpp_attention(torch.float32) is fused_attention
     assert "torch's attention serves: RuntimeError: no C++ compiler" in caplog.text
+
+
+def test_library_is_for_one_torch_and_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler keeps a library by its source, and its headers are torch's."""
+    here = read_source("attention_avx512")
+    assert torch.__version__ in here.splitlines()[0]
+    monkeypatch.setattr(
+        cpp_attention, "this_machine", lambda: Machine("x86_64", "amd", "Zen", avx512=True)
+    )
+    assert read_source("attention_avx512") != here
 
 
 def test_package_holds_the_sources() -> None:

@@ -24,10 +24,9 @@ from vitlib.fast.inductor import load_cpp
 
 logger = logging.getLogger("vitlib")
 FOLDER = Path(__file__).with_name("cpp")
-# Above this many tokens the keys and values of a head leave the L2 cache, which torch's kernel
-# blocks for. Measured in float32 between 1370 (a fifth faster) and 2305 (a quarter slower); in
-# bfloat16 the tiles' kernel is faster at 4097 still, with a small share of the work in memory.
-MAX_TOKENS = {torch.float32: 1536, torch.bfloat16: 4608}
+# Above this many tokens the keys and values of a head fill the L2 cache, for which torch's kernel
+# splits them.
+MAX_TOKENS = 4608
 
 
 def cpp_attention(dtype: torch.dtype) -> AttentionFunction:
@@ -72,9 +71,9 @@ def load_kernel(name: str, dtype: torch.dtype) -> bool:
         False where it cannot be compiled or does not run.
     """
     try:
-        parts = (FOLDER / "attention.h", FOLDER / f"{name}.cpp")
-        load_cpp("\n".join(part.read_text(encoding="utf-8") for part in parts))
-        torch.library.register_fake(f"vitlib::{name}", fake_attention)
+        if not hasattr(torch.ops.vitlib, name):  # registered for the process, not for this module
+            load_cpp(read_source(name))
+            torch.library.register_fake(f"vitlib::{name}", fake_attention)
         sample = torch.ones(1, 1, 1, 1, dtype=dtype, device="cpu")
         attend(name, dtype, sample, sample, sample, None)
     except Exception as error:  # no compiler, one older than AMX, a torch without small products
@@ -82,6 +81,22 @@ def load_kernel(name: str, dtype: torch.dtype) -> bool:
         logger.info("%s is not compiled, and torch's attention serves: %s", name, reason)
         return False
     return True
+
+
+def read_source(name: str) -> str:
+    """Return the source of a kernel.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        C++. Its first line names torch and the CPU: what is compiled for one of each is compiled
+        anew for another, as the compiler keeps a library by its source.
+    """
+    machine = this_machine()
+    first = f"// For torch {torch.__version__} on {machine.model} ({machine.features})."
+    parts = (FOLDER / "attention.h", FOLDER / f"{name}.cpp")
+    return "\n".join([first, *(part.read_text(encoding="utf-8") for part in parts)])
 
 
 def attend(
@@ -100,7 +115,7 @@ def attend(
     Returns:
         (B, Q, D).
     """
-    is_like_kernel = all(x.dtype == dtype for x in (q, k, v)) and k.shape[2] <= MAX_TOKENS[dtype]
+    is_like_kernel = all(x.dtype == dtype for x in (q, k, v)) and k.shape[2] <= MAX_TOKENS
     if bias is not None or not is_like_kernel:
         return fused_attention(q, k, v, bias)
     out: Tensor = getattr(torch.ops.vitlib, name)(q, k, v)

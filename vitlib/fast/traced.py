@@ -18,17 +18,20 @@ from vitlib.fast import onednn_ops
 from vitlib.fast.attention import bmm_attention, fused_attention, graph_attention
 from vitlib.fast.block import FastBlock
 from vitlib.fast.cpp_attention import cpp_attention
+from vitlib.fast.cpu import this_machine
 from vitlib.fast.linears import FastLinear, OpaqueLinear, PackedLinear
 from vitlib.fast.module_swap import copy_with_children
 
 # Fewest rows whose float32 product is faster by oneDNN, with what follows fused, than by MKL, which
 # the compiler takes for a plain linear layer. Measured on an Intel CPU with AMX, ViT-S/16: 7 % and
-# 3 % slower at 197 and 394 rows, 5 % and 11 % faster at 788 and 1576.
+# 3 % slower at 197 and 394 rows, 5 % and 11 % faster at 788 and 1576. On other CPUs MKL is slow.
 MIN_ONEDNN_ROWS = 600
 
 
 class TracedLinear(PackedLinear):
     """A float32 layer of a plain weight, which the compiler packs for MKL or for oneDNN."""
+
+    min_rows = 0  # fewest for oneDNN
 
     def has_few_rows(self, x: Tensor) -> bool:
         """Return True if MKL's kernels are faster.
@@ -36,7 +39,7 @@ class TracedLinear(PackedLinear):
         Args:
             x: (..., K).
         """
-        return x.numel() < MIN_ONEDNN_ROWS * self.in_features
+        return x.numel() < self.min_rows * self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer, as PackedLinear does.
@@ -117,6 +120,8 @@ def unpack_weights(module: nn.Module) -> Any:
     if isinstance(clone, PackedLinear):
         traced = TracedLinear if clone.dtype == torch.float32 else FastLinear
         object.__setattr__(clone, "__class__", traced)
+        if isinstance(clone, TracedLinear) and this_machine().vendor == "intel":
+            clone.min_rows = MIN_ONEDNN_ROWS
     if isinstance(clone, FastBlock):
         dtype = clone.plan.attention_dtype
         if clone.sdpa is graph_attention:

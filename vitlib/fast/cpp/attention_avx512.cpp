@@ -7,6 +7,7 @@ constexpr int64_t kPanel = 512;  // tokens whose keys a product reads at once, f
 // e to the power of x: x is n ln 2 + r, and a polynomial of r errs by less than float32's rounding
 // (Cephes). ln 2 is split in two, so that n times its first part is exact.
 inline __m512 exp(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order, which keeps NaN; e^-200 is 0
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(kLog2E)),
                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -29,16 +30,20 @@ class Avx512Kernel {
   Avx512Kernel(int64_t tokens, int64_t width)
       : tokens_(tokens), width_(width), padded_(round_up(tokens, kLanes)),
         full_(round_up(width, kLanes)),
-        arena_(4 * (full_ * padded_ + kQueries * (padded_ + full_ + 1))),
+        arena_(4 * (2 * full_ * padded_ + kQueries * (padded_ + full_ + 1))),
         keys_(arena_.take<float>(full_ * padded_)),
+        values_(arena_.take<float>(full_ * padded_)),
         scores_(arena_.take<float>(kQueries * padded_)),
         sums_(arena_.take<float>(kQueries * full_)),
         inverse_(arena_.take<float>(kQueries)) {}
 
-  // Transpose the keys to (K, T), in panels of T. The values are read where they lie.
+  // Transpose the keys to (K, T), in panels of T. The values are copied, as rows that lie apart by
+  // the width of a model fall on few sets of a cache.
   void pack(const float* keys, int64_t key_row, const float* values, int64_t value_row) {
-    values_ = values;
-    value_row_ = value_row;
+    for (int64_t j = 0; j < tokens_; ++j)
+      for (int64_t c = 0; c < full_; c += kLanes)
+        _mm512_store_ps(values_ + j * full_ + c, _mm512_maskz_loadu_ps(first_lanes(width_ - c),
+                                                                      values + j * value_row + c));
     for (int64_t j = 0; j < padded_; j += kLanes) {
       const int64_t panel = j / kPanel * kPanel, row = panel_width(panel);
       float* const to = keys_ + panel * full_ + j - panel;
@@ -64,8 +69,8 @@ class Avx512Kernel {
     }
     for (int64_t i = 0; i < count; ++i) inverse_[i] = 1.0f / compute_weights(scores_ + i * padded_);
     for (int64_t j = 0; j < tokens_; j += kPanel)
-      at::native::cpublas::brgemm(count, width_, std::min(kPanel, tokens_ - j), padded_, value_row_,
-                                  full_, j > 0, scores_ + j, values_ + j * value_row_, sums_);
+      at::native::cpublas::brgemm(count, width_, std::min(kPanel, tokens_ - j), padded_, full_,
+                                  full_, j > 0, scores_ + j, values_ + j * full_, sums_);
     const float* sums = sums_;
     for (int64_t i = 0; i < count; ++i, out += out_row) {
       const __m512 inverse = _mm512_set1_ps(inverse_[i]);
@@ -93,9 +98,7 @@ class Avx512Kernel {
 
   const int64_t tokens_, width_, padded_, full_;  // T, K; each rounded up
   Arena arena_;
-  float *const keys_, *const scores_, *const sums_, *const inverse_;
-  const float* values_ = nullptr;
-  int64_t value_row_ = 0;
+  float *const keys_, *const values_, *const scores_, *const sums_, *const inverse_;
 };
 
 }  // namespace
