@@ -92,6 +92,15 @@ def run_cli(
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let torch compute with two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler on CPUs that takes no time: each program is the function it was made from."""
     from contextlib import nullcontext

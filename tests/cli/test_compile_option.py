@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,14 +45,6 @@ def programs_of(predictor: Predictor) -> dict[Any, Any]:
     fast = predictor.fast()
     assert isinstance(fast, CompiledViT)
     return fast.programs.functions
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ They are compiled here, which takes seconds the first time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,6 @@ SHAPES = [
     (1, 1, 40, 577, 72),
     (1, 1, 1, 513, 64),
 ]
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(dtype: torch.dtype) -> AttentionFunction:

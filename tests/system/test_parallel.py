@@ -24,15 +24,6 @@ def stack() -> Iterator[ExitStack]:
         yield contexts
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Let torch compute with two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
 def test_parts_equal_one_pass(count: int, stack: ExitStack) -> None:
     """Results equal one pass, and the process has as many threads as before."""
