@@ -24,7 +24,7 @@ from vitlib.fast.module_swap import copy_with_children
 
 # Fewest rows whose float32 product is faster by oneDNN, with what follows fused, than by MKL, which
 # the compiler takes for a plain linear layer. Measured on an Intel CPU with AMX, ViT-S/16: 7 % and
-# 3 % slower at 197 and 394 rows, 5 % and 11 % faster at 788 and 1576. On other CPUs MKL is slow.
+# 3 % slower at 197 and 394 rows, 5 % and 11 % faster at 788 and 1576. On AMD MKL is slow (cpu.py).
 MIN_ONEDNN_ROWS = 600
 
 
