@@ -43,6 +43,7 @@ from vitlib.fast.compiled import (
     sample_like,
     split_batch,
 )
+from vitlib.fast.cpp_linears import AmxInt8Linear, AmxLinear
 from vitlib.fast.cpu import this_machine
 from vitlib.fast.onednn_ops import has_packed_linear
 from vitlib.fast.traced import unpack_weights
@@ -211,6 +212,27 @@ def test_real_program_of_the_quick_settings(
     del both
     gc.collect()
     assert plain() is None
+
+
+@pytest.mark.usefixtures("trace_only")
+@pytest.mark.skipif(not this_machine().amx, reason="this CPU has no AMX")
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_layers_are_those_of_amx_where_they_are_compiled(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, _ = optimize_both(tiny(), precision)
+    images = pixels(tiny(), 2)
+    amx = unpack_weights(fast.trunk)
+    monkeypatch.setattr(traced, "has_amx_linear", lambda: False)
+    plain = unpack_weights(fast.trunk)
+    for layer in ("qkv", "out", "up", "down"):
+        kind = AmxLinear if precision == "bf16" else AmxInt8Linear
+        assert type(getattr(amx.blocks[0], layer)) is kind
+        assert type(getattr(plain.blocks[0], layer)) is not kind
+    exact = fast(images)
+    assert relative_error(amx(images), exact) <= MAX_ERROR_16_BITS
+    assert relative_error(plain(images), exact) <= MAX_ERROR_16_BITS
+    assert relative_error(amx(images.flip(0)), exact) > MAX_ERROR_16_BITS
 
 
 @pytest.mark.usefixtures("trace_only")

@@ -5,9 +5,7 @@ They are compiled here, which takes seconds the first time.
 
 from __future__ import annotations
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from vitlib.fast import cpp_attention
 from vitlib.fast.attention import AttentionFunction, fused_attention
-from vitlib.fast.cpp_attention import kernel_name, load_kernel, read_source
+from vitlib.fast.cpp_attention import kernel_name
 from vitlib.fast.cpu import Machine, this_machine
 
 # Root mean square difference from float64 over its root mean square. float32 sums of up to 600
@@ -198,35 +196,3 @@ def test_machines_have_the_kernels_they_can_run() -> None:
     assert kernel_name(torch.float16, sapphire) is None
     assert kernel_name(torch.float32, Machine("x86_64", "intel", "")) is None
     assert kernel_name(torch.float32, Machine("aarch64", "arm", "")) is None
-
-
-def test_kernel_that_is_not_compiled_leaves_torch_to_serve(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(_: str) -> None:
-        raise RuntimeError("no C++ compiler\nwith more")
-
-    caplog.set_level(logging.INFO, logger="vitlib")
-    monkeypatch.setattr(cpp_attention, "load_cpp", fail)
-    monkeypatch.setattr(cpp_attention, "kernel_name", lambda *_: "attention_of_no_machine")
-    monkeypatch.setattr(cpp_attention, "read_source", lambda name: name)
-    monkeypatch.setattr(cpp_attention, "load_kernel", load_kernel.__wrapped__)
-    machine = Machine("x86_64", "intel", "", avx512=True)
-    monkeypatch.setattr(cpp_attention, "this_machine", lambda: machine)
-    assert cpp_attention.cpp_attention(torch.float32) is fused_attention
-    assert "torch's attention serves: RuntimeError: no C++ compiler" in caplog.text
-
-
-def test_library_is_for_one_torch_and_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler keeps a library by its source, and its headers are torch's."""
-    here = read_source("attention_avx512")
-    assert torch.__version__ in here.splitlines()[0]
-    monkeypatch.setattr(
-        cpp_attention, "this_machine", lambda: Machine("x86_64", "amd", "Zen", avx512=True)
-    )
-    assert read_source("attention_avx512") != here
-
-
-def test_package_holds_the_sources() -> None:
-    names = {path.name for path in Path(cpp_attention.FOLDER).iterdir()}
-    assert names == {"attention.h", "attention_amx.cpp", "attention_avx512.cpp"}

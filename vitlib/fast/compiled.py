@@ -191,8 +191,7 @@ class Programs:
                 if key not in self.functions and not self.is_closed:
                     sample = sample_like(pixels, largest)
                     exact = eager(sample)  # raises what is wrong with the caller's pixels
-                    source = self._plain_function(trunk, method)
-                    self.functions[key] = self._compile_or_decline(eager, source, sample, exact)
+                    self.functions[key] = self._compile_or_decline(trunk, method, sample, exact)
         return (self.functions.get(key) or eager)(pixels)
 
     def _plain_function(self, trunk: ViT, method: Method) -> BatchFunction:
@@ -202,7 +201,7 @@ class Programs:
         return bind(self.plain_trunks[id(trunk)], method)
 
     def _compile_or_decline(
-        self, eager: BatchFunction, source: BatchFunction, sample: Tensor, exact: Tensor
+        self, trunk: ViT, method: Method, sample: Tensor, exact: Tensor
     ) -> BatchFunction | None:
         """Compile a program; None where it fails, differs or is no faster."""
         name, start = program_name(sample), time.perf_counter()
@@ -211,7 +210,7 @@ class Programs:
                            MAX_PROGRAMS)  # fmt: skip
             self.close()
         try:
-            program = compile_program(source, sample)
+            program = compile_program(self._plain_function(trunk, method), sample)
             if not is_near(program(sample), exact, self.max_error):
                 raise ArithmeticError("the compiled program differs from the model")
         except torch.OutOfMemoryError:
@@ -223,7 +222,8 @@ class Programs:
             if self.num_failures >= MAX_FAILURES:
                 self.close()
             return None
-        seconds, gain = time.perf_counter() - start, measure_gain(program, eager, sample)
+        seconds = time.perf_counter() - start
+        gain = measure_gain(program, bind(trunk, method), sample)
         logger.info("%s compiled in %.0f s: %.2fx as fast", name, seconds, gain)
         return program if gain > 1 + MIN_GAIN else None
 

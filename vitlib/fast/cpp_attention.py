@@ -1,29 +1,21 @@
-"""Attention of compiled programs, by C++ kernels of vitlib's own.
+"""Attention of compiled programs, by C++ kernels of vitlib's own (cpp_kernels.py).
 
-How data flows: the folder cpp/ has a kernel for bfloat16 by AMX's tiles and one for float32 by
-AVX-512. Compiling a program needs a C++ compiler, which compiles the kernel of the program's dtype
-as well: once, as torch's compiler keeps what it compiled. The kernel is registered with torch's
-dispatcher, so that the program calls it as it calls torch's own.
+There is one for bfloat16 by AMX's tiles, and one for float32 by AVX-512.
 
 Shapes: B images, H heads, Q queries, T tokens, K head_dim, D = H K.
 """
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from vitlib.errors import first_line
 from vitlib.fast.attention import AttentionFunction, fused_attention
+from vitlib.fast.cpp_kernels import load_kernels, operation
 from vitlib.fast.cpu import Machine, this_machine
-from vitlib.fast.inductor import load_cpp
 
-logger = logging.getLogger("vitlib")
-FOLDER = Path(__file__).with_name("cpp")
 # Above this many tokens the keys and values of a head fill the L2 cache, for which torch's kernel
 # splits them.
 MAX_TOKENS = 4608
@@ -39,7 +31,9 @@ def cpp_attention(dtype: torch.dtype) -> AttentionFunction:
         A C++ kernel, or torch's fused one where this CPU has none or it cannot be compiled.
     """
     name = kernel_name(dtype, this_machine())
-    return partial(attend, name, dtype) if name and load_kernel(name, dtype) else fused_attention
+    if name is None or not load_kernels(name, ((name, fake_attention),), SAMPLES[dtype]):
+        return fused_attention
+    return partial(attend, name, dtype)
 
 
 def kernel_name(dtype: torch.dtype, machine: Machine) -> str | None:
@@ -57,46 +51,6 @@ def kernel_name(dtype: torch.dtype, machine: Machine) -> str | None:
     if dtype == torch.bfloat16:
         return "attention_amx" if machine.amx else None
     return "attention_avx512" if dtype == torch.float32 and machine.avx512 else None
-
-
-@lru_cache(maxsize=2)
-def load_kernel(name: str, dtype: torch.dtype) -> bool:
-    """Compile a kernel, or load it where it is compiled already, once a process.
-
-    Args:
-        name: Its name.
-        dtype: Its dtype.
-
-    Returns:
-        False where it cannot be compiled or does not run.
-    """
-    try:
-        if not hasattr(torch.ops.vitlib, name):  # registered for the process, not for this module
-            load_cpp(read_source(name))
-            torch.library.register_fake(f"vitlib::{name}", fake_attention)
-        sample = torch.ones(1, 1, 1, 1, dtype=dtype, device="cpu")
-        attend(name, dtype, sample, sample, sample, None)
-    except Exception as error:  # no compiler, one older than AMX, a torch without small products
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        logger.info("%s is not compiled, and torch's attention serves: %s", name, reason)
-        return False
-    return True
-
-
-def read_source(name: str) -> str:
-    """Return the source of a kernel.
-
-    Args:
-        name: Its name.
-
-    Returns:
-        C++. Its first line names torch and the CPU: what is compiled for one of each is compiled
-        anew for another, as the compiler keeps a library by its source.
-    """
-    machine = this_machine()
-    first = f"// For torch {torch.__version__} on {machine.model} ({machine.features})."
-    parts = (FOLDER / "attention.h", FOLDER / f"{name}.cpp")
-    return "\n".join([first, *(part.read_text(encoding="utf-8") for part in parts)])
 
 
 def attend(
@@ -118,7 +72,7 @@ def attend(
     is_like_kernel = all(x.dtype == dtype for x in (q, k, v)) and k.shape[2] <= MAX_TOKENS
     if bias is not None or not is_like_kernel:
         return fused_attention(q, k, v, bias)
-    out: Tensor = getattr(torch.ops.vitlib, name)(q, k, v)
+    out: Tensor = operation(name)(q, k, v)
     return out
 
 
@@ -132,3 +86,19 @@ def fake_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
     """
     b, h, n, head_dim = q.shape
     return q.new_empty(b, n, h * head_dim)
+
+
+def run_sample(dtype: torch.dtype) -> Tensor:
+    """Run the kernel of a dtype on one number.
+
+    Args:
+        dtype: Of queries, keys and values.
+    """
+    name = kernel_name(dtype, this_machine())
+    assert name is not None
+    sample = torch.ones(1, 1, 1, 1, dtype=dtype, device="cpu")
+    return attend(name, dtype, sample, sample, sample, None)
+
+
+# For load_kernels, which is cached by its arguments.
+SAMPLES = {dtype: partial(run_sample, dtype) for dtype in (torch.float32, torch.bfloat16)}

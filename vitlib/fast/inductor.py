@@ -78,16 +78,25 @@ def register_fakes() -> None:
             torch_library.register_fake(name, shape)
 
 
+def import_compiler() -> Any:
+    """Import torch's compiler, and return its caches of compiled code.
+
+    Raises:
+        Exception: It cannot be imported, as its folder cannot be made. A second import then raises
+            something else, which says nothing of the cause.
+    """
+    from torch._inductor import codecache  # has no annotations
+
+    return codecache
+
+
 def load_cpp(source: str) -> None:
     """Compile a C++ library for this CPU and load it, which registers its operations.
 
     Args:
         source: C++ that includes torch's headers.
     """
-    from torch._inductor import codecache  # has no annotations
-
-    cache: Any = codecache.CppCodeCache
-    cache.load(source)
+    import_compiler().CppCodeCache.load(source)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Fast modules as torch's compiler traces them: with plain weights, and kernels it can call.
 
-How data flows: unpack_weights copies a trunk of fast modules. Its linear layers get plain weights,
-which the compiler packs once, as packed ones are opaque to it; its attention gets the fastest
-kernel that can be traced.
+How data flows: unpack_weights copies a trunk of fast modules. Its linear layers in 16 and 8 bits
+become those of AMX's tiles where the CPU has them; others get plain weights, which the compiler
+packs once, as packed ones are opaque to it. Its attention gets the fastest kernel that can be
+traced.
 
 Shapes: (..., K) inputs to (..., N) outputs of a linear layer.
 """
@@ -18,7 +19,9 @@ from vitlib.fast import onednn_ops
 from vitlib.fast.attention import bmm_attention, fused_attention, graph_attention
 from vitlib.fast.block import FastBlock
 from vitlib.fast.cpp_attention import cpp_attention
+from vitlib.fast.cpp_linears import AmxInt8Linear, AmxLinear, has_amx_linear
 from vitlib.fast.cpu import this_machine
+from vitlib.fast.int8_linears import Int8Linear
 from vitlib.fast.linears import FastLinear, OpaqueLinear, PackedLinear
 from vitlib.fast.module_swap import copy_with_children
 
@@ -26,6 +29,8 @@ from vitlib.fast.module_swap import copy_with_children
 # the compiler takes for a plain linear layer. Measured on an Intel CPU with AMX, ViT-S/16: 7 % and
 # 3 % slower at 197 and 394 rows, 5 % and 11 % faster at 788 and 1576. On AMD MKL is slow (cpu.py).
 MIN_ONEDNN_ROWS = 600
+# The layers of AMX's tiles, by those that they replace, where outputs are bfloat16.
+AMX_LINEARS = {PackedLinear: AmxLinear, Int8Linear: AmxInt8Linear}
 
 
 class TracedLinear(PackedLinear):
@@ -102,7 +107,7 @@ class TracedLinear(PackedLinear):
 
 
 def unpack_weights(module: nn.Module) -> Any:
-    """Copy a module, with packed weights as plain tensors and attention that can be traced.
+    """Copy a module, with weights and attention that can be traced.
 
     Args:
         module: A trunk of fast modules, which is only read.
@@ -110,18 +115,13 @@ def unpack_weights(module: nn.Module) -> Any:
     Returns:
         The copy, which shares everything else.
     """
+    if isinstance(module, OpaqueLinear):
+        return unpack_linear(module)
     children = {
         name: None if child is None else unpack_weights(child)
         for name, child in module._modules.items()
     }
     clone = copy_with_children(module, children)
-    if isinstance(clone, OpaqueLinear):
-        clone.packed = clone.weights().weight.contiguous()
-    if isinstance(clone, PackedLinear):
-        traced = TracedLinear if clone.dtype == torch.float32 else FastLinear
-        object.__setattr__(clone, "__class__", traced)
-        if isinstance(clone, TracedLinear) and this_machine().vendor == "intel":
-            clone.min_rows = MIN_ONEDNN_ROWS
     if isinstance(clone, FastBlock):
         dtype = clone.plan.attention_dtype
         if clone.sdpa is graph_attention:
@@ -129,4 +129,26 @@ def unpack_weights(module: nn.Module) -> Any:
             clone.sdpa = bmm_attention if dtype == torch.bfloat16 else fused_attention
         if clone.sdpa is fused_attention:
             clone.sdpa = cpp_attention(dtype)
+    return clone
+
+
+def unpack_linear(linear: OpaqueLinear) -> nn.Module:
+    """Copy a linear layer with a weight that can be traced.
+
+    Args:
+        linear: The layer, which is only read.
+
+    Returns:
+        A layer of AMX's tiles where there is one, else a copy with the plain weight.
+    """
+    amx_linear = AMX_LINEARS.get(type(linear))
+    if amx_linear is not None and linear.dtype == torch.bfloat16 and has_amx_linear():
+        return amx_linear(linear.weights())
+    clone = object.__new__(type(linear))  # copy.copy would pack the weight once more
+    clone.__dict__.update(linear.__dict__, packed=linear.weights().weight.contiguous())
+    if isinstance(clone, PackedLinear):
+        traced = TracedLinear if clone.dtype == torch.float32 else FastLinear
+        object.__setattr__(clone, "__class__", traced)
+        if isinstance(clone, TracedLinear) and this_machine().vendor == "intel":
+            clone.min_rows = MIN_ONEDNN_ROWS
     return clone

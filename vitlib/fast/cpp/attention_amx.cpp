@@ -1,83 +1,11 @@
 // Attention in bfloat16 by the tiles of AMX.
 //
-// A tile is 16 rows of 64 bytes. Lengths are rounded up to whole tiles, and what is added is zero.
-// Tiles 0 to 3 are sums, 4 and 5 rows of the left matrix, 6 and 7 columns of the right one.
+// Lengths are rounded up to whole tiles, and what is added is zero.
 
 namespace {
 
-using bfloat16 = uint16_t;
-
-constexpr int64_t kRows = 16;             // of a tile
-constexpr int64_t kStep = 32;             // bfloat16 numbers in a row of a tile
-constexpr int64_t kTile = kRows * kStep;  // bfloat16 numbers in a tile
-
-// What AMX is told of its tiles. It is a constant, as compilers do not see that all of it is read
-// (GCC 114098).
-struct TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-alignas(64) constexpr TileConfig kTileConfig{};
-
-// The tiles of this thread, until the end of a scope.
-struct Tiles {
-  Tiles() { _tile_loadconfig(&kTileConfig); }
-  ~Tiles() { _tile_release(); }
-};
-
-// Let no store pass: compilers do not see that loads of tiles read memory.
-inline void finish_stores() { asm volatile("" ::: "memory"); }
-
 inline __m512i load_row(const bfloat16* row, bool exists, __mmask32 mask) {
   return exists ? _mm512_maskz_loadu_epi16(mask, row) : _mm512_setzero_si512();
-}
-
-inline __m512i round_to_bfloat16(__m512 first, __m512 second) {
-  return (__m512i)_mm512_cvtne2ps_pbh(second, first);
-}
-
-// 2 to the power of y. A polynomial for the fraction errs by 4e-6; bfloat16 rounds by 2e-3.
-inline __m512 exp2(__m512 y) {
-  const __m512 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_set1_ps(0.0136764690f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0517448522f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.2416003067f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.6929668329f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0000026f));
-  return _mm512_scalef_ps(p, y);  // times 2 to the power of the whole part of y
-}
-
-inline void clear_tiles() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-// Add the product of 32 (or 16) rows with two tiles of columns.
-template <bool kBoth>
-inline void multiply_tiles(const bfloat16* a, int64_t row, const bfloat16* b, int64_t next) {
-  _tile_loadd(4, a, row * sizeof(bfloat16));
-  _tile_loadd(6, b, kStep * sizeof(bfloat16));
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, b + next, kStep * sizeof(bfloat16));
-  _tile_dpbf16ps(1, 4, 7);
-  if constexpr (kBoth) {
-    _tile_loadd(5, a + kRows * row, row * sizeof(bfloat16));
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-}
-
-template <bool kBoth>
-inline void store_tiles(float* to, int64_t row) {
-  _tile_stored(0, to, row * sizeof(float));
-  _tile_stored(1, to + kRows, row * sizeof(float));
-  if constexpr (kBoth) {
-    _tile_stored(2, to + kRows * row, row * sizeof(float));
-    _tile_stored(3, to + kRows * row + kRows, row * sizeof(float));
-  }
 }
 
 class AmxKernel {
@@ -168,7 +96,7 @@ class AmxKernel {
       clear_tiles();
       for (int64_t c = 0; c < chunks_; ++c)
         multiply_tiles<kBoth>(queries_ + c * kStep, full_, keys_ + j * full_ + c * kTile,
-                              chunks_ * kTile);
+                              keys_ + (j + kRows) * full_ + c * kTile);
       store_tiles<kBoth>(scores_ + j, padded_);
     }
     for (int64_t i = 0; i < count; ++i)
@@ -177,7 +105,8 @@ class AmxKernel {
     for (int64_t c = 0; c < chunks_; ++c) {
       clear_tiles();
       for (int64_t j = 0; j < padded_; j += kStep)
-        multiply_tiles<kBoth>(weights_ + j, padded_, values_ + j * full_ + 2 * c * kTile, kTile);
+        multiply_tiles<kBoth>(weights_ + j, padded_, values_ + j * full_ + 2 * c * kTile,
+                              values_ + j * full_ + (2 * c + 1) * kTile);
       store_tiles<kBoth>(sums_ + c * kStep, full_);
     }
   }

@@ -1,0 +1,297 @@
+"""Linear layers of compiled programs, by C++ kernels of vitlib's own (cpp_kernels.py).
+
+Shapes: (..., K) inputs to (..., N) outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.fast import onednn_ops
+from vitlib.fast.cpp_kernels import load_kernels, operation
+from vitlib.fast.cpu import this_machine
+from vitlib.fast.linears import LinearWeights
+
+BLOCK = 32  # columns of a block of the result
+TILE_ROWS, TILE_BYTES = 16, 64  # of a row
+
+
+def has_amx_linear() -> bool:
+    """Return True if this CPU has the kernel's instructions, and it can be compiled."""
+    machine = this_machine()
+    is_x86 = machine.architecture.lower() in ("x86_64", "amd64")
+    return is_x86 and machine.amx and load_kernels("linear_amx", FAKES, run_samples)
+
+
+class AmxLinear(nn.Module):
+    """A linear layer in bfloat16 on AMX's tiles, with what follows fused into it.
+
+    It has the methods of FastLinear that compute, and calls the kernel alone.
+
+    Args:
+        weights: The numbers of the layer, in bfloat16.
+    """
+
+    def __init__(self, weights: LinearWeights) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weights.weight.shape
+        self.packed = pack_tiles(weights.weight.bfloat16())
+        self.bias = pad_outputs(weights.bias, self.out_features)
+
+    def run(self, x: Tensor, other: Tensor | None, then: str) -> Tensor:
+        """Apply the layer and an operation to its result.
+
+        Args:
+            x: (..., K).
+            other: (..., N) for "mul" or "add", else None.
+            then: "none", an activation, "mul" by a bfloat16 tensor, or "add" a float32 one.
+
+        Returns:
+            (..., N) bfloat16; float32 from "add".
+        """
+        y: Tensor = operation("linear_amx")(
+            x.bfloat16(), self.packed, self.bias, other, self.out_features, then
+        )
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer, (..., K) to (..., N) bfloat16.
+
+        Args:
+            x: (..., K).
+        """
+        return self.run(x, None, "none")
+
+    def activate(self, x: Tensor, activation: str, next_linear: nn.Module | None) -> Tensor:  # noqa: ARG002
+        """Apply the layer and an activation, (..., K) to (..., N) bfloat16.
+
+        Args:
+            x: (..., K).
+            activation: "gelu", "gelu_tanh" or "silu".
+            next_linear: Not used.
+        """
+        return self.run(x, None, activation)
+
+    def multiply(self, x: Tensor, other: Tensor) -> Tensor:
+        """Apply the layer and multiply by another tensor, (..., K) to (..., N) bfloat16.
+
+        Args:
+            x: (..., K).
+            other: (..., N).
+        """
+        return self.run(x, other.bfloat16(), "mul")
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Apply the layer and add the residual stream, (..., K) to (..., N) float32.
+
+        Args:
+            x: (..., K).
+            residual: (..., N) float32, which is only read.
+        """
+        return self.run(x, residual, "add")
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Apply the layer and add the residual stream, as `add` does.
+
+        Args:
+            x: (..., K).
+            residual: (..., N) float32.
+        """
+        return self.add(x, residual)
+
+
+class AmxInt8Linear(nn.Module):
+    """A calibrated 8-bit linear layer on AMX's tiles, with what follows fused into it.
+
+    It has the methods of Int8Linear that compute, and calls the kernel alone.
+
+    Args:
+        weights: The numbers of the layer in 8 bits. Its float outputs are bfloat16.
+    """
+
+    def __init__(self, weights: LinearWeights) -> None:
+        super().__init__()
+        assert weights.scale is not None
+        assert weights.x_scale is not None
+        self.out_features, self.in_features = weights.weight.shape
+        self.x_scale, self.x_zero_point = weights.x_scale, weights.x_zero_point
+        # An input stands for (x - zero_point) * x_scale: the zero point goes into the bias.
+        scale = weights.scale.double() * self.x_scale
+        sums = weights.weight.sum(dim=1, dtype=torch.int64)
+        bias = -self.x_zero_point * scale * sums
+        if weights.bias is not None:
+            bias = bias + weights.bias
+        self.packed = pack_tiles(weights.weight)
+        self.scale = pad_outputs(scale, self.out_features)
+        self.bias = pad_outputs(bias, self.out_features)
+
+    def run(
+        self, x: Tensor, other: Tensor | None, then: str, next_linear: nn.Module | None = None
+    ) -> Tensor:
+        """Apply the layer and an operation to its result.
+
+        Args:
+            x: (..., K), as Int8Linear.to_uint8 takes it.
+            other: (..., N) for "mul" or "add", else None.
+            then: "none", an activation, "mul" by a bfloat16 tensor, or "add" a float32 one.
+            next_linear: The layer that reads the result, if only one does.
+
+        Returns:
+            (..., N) bfloat16; float32 from "add"; uint8 for an AmxInt8Linear.
+        """
+        factor, zero_point = None, 0.0
+        if isinstance(next_linear, AmxInt8Linear):
+            factor, zero_point = 1 / next_linear.x_scale, float(next_linear.x_zero_point)
+        if x.dtype != torch.uint8:
+            x = round_down(x)
+        y: Tensor = operation("linear_int8_amx")(
+            x, self.packed, self.scale, self.bias, other, self.out_features, then, factor,
+            zero_point,
+        )  # fmt: skip
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer, (..., K) to (..., N) bfloat16.
+
+        Args:
+            x: (..., K), as Int8Linear.to_uint8 takes it.
+        """
+        return self.run(x, None, "none")
+
+    def activate(self, x: Tensor, activation: str, next_linear: nn.Module | None) -> Tensor:
+        """Apply the layer and an activation.
+
+        Args:
+            x: (..., K), as Int8Linear.to_uint8 takes it.
+            activation: "gelu", "gelu_tanh" or "silu".
+            next_linear: The layer that reads the result, if only one does.
+
+        Returns:
+            (..., N) bfloat16; uint8, quantized for `next_linear`, where that is an AmxInt8Linear.
+        """
+        return self.run(x, None, activation, next_linear)
+
+    def multiply(self, x: Tensor, other: Tensor) -> Tensor:
+        """Apply the layer and multiply by another tensor, (..., K) to (..., N) bfloat16.
+
+        Args:
+            x: (..., K), as Int8Linear.to_uint8 takes it.
+            other: (..., N).
+        """
+        return self.run(x, other.bfloat16(), "mul")
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Apply the layer and add the residual stream, (..., K) to (..., N) float32.
+
+        Args:
+            x: (..., K) uint8, or an input in its own units.
+            residual: (..., N) float32, which is only read.
+        """
+        if x.dtype != torch.uint8:
+            x = x.float() * (1 / self.x_scale) + (self.x_zero_point + 0.5)
+        return self.run(x, residual, "add")
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Apply the layer and add the residual stream, as `add` does.
+
+        Args:
+            x: (..., K) uint8, or an input in its own units.
+            residual: (..., N) float32.
+        """
+        return self.add(x, residual)
+
+
+def round_down(x: Tensor) -> Tensor:
+    """Return the whole part of numbers as uint8.
+
+    Args:
+        x: Any shape, of floats. What is outside 0 to 255 becomes the nearer of both.
+    """
+    return onednn_ops.to_uint8(x.clamp(0, 255))
+
+
+def pack_tiles(weight: Tensor) -> Tensor:
+    """Pack a weight as the tiles of AMX take it.
+
+    Args:
+        weight: (N, K) of 2 or 1 bytes a number.
+
+    Returns:
+        (N / 32, K / n, 2, 16, 16, m): for each block of columns and each row of a tile, of n
+        numbers, two tiles of 16 rows of 16 columns, of which each has m numbers of 4 bytes in all.
+        N and K are whole blocks, with zeros after their ends.
+    """
+    numbers = TILE_BYTES // weight.element_size()
+    outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, -inputs % numbers, 0, -outputs % BLOCK))
+    steps = padded.shape[1] // numbers
+    tiles = padded.view(-1, 2, TILE_ROWS, steps, TILE_ROWS, numbers // TILE_ROWS)
+    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def pad_outputs(values: Tensor | None, outputs: int) -> Tensor:
+    """Return numbers of each output in whole blocks.
+
+    Args:
+        values: (N,), or None for zeros.
+        outputs: N.
+
+    Returns:
+        (N,) float32 with zeros after its end, up to whole blocks.
+    """
+    if values is None:
+        values = torch.zeros(outputs, dtype=torch.float32, device="cpu")
+    return F.pad(values.float(), (0, -outputs % BLOCK))
+
+
+def fake_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, outputs: int, then: str,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
+    """Return an empty tensor of the result's shape, (..., N).
+
+    Args:
+        x: (..., K).
+        weight: The packed weight.
+        bias: In whole blocks.
+        other: (..., N), or None.
+        outputs: N.
+        then: What follows the product.
+    """
+    dtype = torch.float32 if then == "add" else torch.bfloat16
+    return x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
+
+
+def fake_int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, other: Tensor | None, outputs: int,  # noqa: ARG001
+    then: str, out_factor: float | None, out_zero_point: float,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
+    """Return an empty tensor of the result's shape, (..., N).
+
+    Args:
+        x: (..., K).
+        weight: The packed weight.
+        scale: In whole blocks.
+        bias: In whole blocks.
+        other: (..., N), or None.
+        outputs: N.
+        then: What follows the product.
+        out_factor: Of a uint8 result, else None.
+        out_zero_point: Of a uint8 result.
+    """
+    dtype = torch.bfloat16 if out_factor is None else torch.uint8
+    dtype = torch.float32 if then == "add" else dtype
+    return x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
+
+
+FAKES = (("linear_amx", fake_linear), ("linear_int8_amx", fake_int8_linear))
+
+
+def run_samples() -> None:
+    """Run the kernels on one number."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16, device="cpu")
+    AmxLinear(LinearWeights(one))(one)
+    scale = torch.ones(1, dtype=torch.float32, device="cpu")
+    weights = LinearWeights(one.to(torch.int8), scale=scale, x_scale=1.0)
+    AmxInt8Linear(weights)(one.to(torch.uint8))
