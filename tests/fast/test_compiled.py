@@ -43,7 +43,7 @@ from vitlib.fast.compiled import (
     sample_like,
     split_batch,
 )
-from vitlib.fast.cpp_linears import AmxInt8Linear, AmxLinear
+from vitlib.fast.cpp_linears import AmxInt8Linear, AmxLinear, AmxPatches
 from vitlib.fast.cpu import this_machine
 from vitlib.fast.onednn_ops import has_packed_linear
 from vitlib.fast.traced import unpack_weights
@@ -149,7 +149,7 @@ def test_float32_layers_of_many_rows_are_packed_for_onednn(
         machine = replace(this_machine(), vendor=vendor)
         monkeypatch.setattr(traced, "this_machine", lambda machine=machine: machine)
         monkeypatch.setattr(traced, "MIN_ONEDNN_ROWS", rows)
-        plain = unpack_weights(fast.trunk)
+        plain = unpack_weights(fast.trunk, fast.precision)
         with monkeypatch.context() as patch:
             patch.setattr(onednn_ops, "pack", lambda w: (weights.append(w), pack(w))[1])
             assert relative_error(plain(images), exact) <= MAX_ERROR["fp32"]
@@ -222,13 +222,14 @@ def test_layers_are_those_of_amx_where_they_are_compiled(
 ) -> None:
     fast, _ = optimize_both(tiny(), precision)
     images = pixels(tiny(), 2)
-    amx = unpack_weights(fast.trunk)
+    amx = unpack_weights(fast.trunk, fast.precision)
     monkeypatch.setattr(traced, "has_amx_linear", lambda: False)
-    plain = unpack_weights(fast.trunk)
+    plain = unpack_weights(fast.trunk, fast.precision)
     for layer in ("qkv", "out", "up", "down"):
         kind = AmxLinear if precision == "bf16" else AmxInt8Linear
         assert type(getattr(amx.blocks[0], layer)) is kind
         assert type(getattr(plain.blocks[0], layer)) is not kind
+    assert isinstance(amx.patch_embed.proj, AmxPatches) is (precision == "bf16")
     exact = fast(images)
     assert relative_error(amx(images), exact) <= MAX_ERROR_16_BITS
     assert relative_error(plain(images), exact) <= MAX_ERROR_16_BITS
@@ -239,7 +240,7 @@ def test_layers_are_those_of_amx_where_they_are_compiled(
 @requires_int8
 def test_8_bit_weights_are_plain_while_the_compiler_traces() -> None:
     fast, _ = optimize_both(tiny(), "int8")
-    plain = unpack_weights(fast.trunk)
+    plain = unpack_weights(fast.trunk, fast.precision)
     packed, unpacked = fast.trunk.blocks[0].qkv.packed, plain.blocks[0].qkv.packed
     assert packed.is_mkldnn
     assert not unpacked.is_mkldnn
@@ -461,7 +462,7 @@ def test_seconds_and_gain_are_logged(
 
 
 def test_programs_are_made_anew_by_a_copy() -> None:
-    programs = Programs(0.25)
+    programs = Programs("bf16")
     programs.functions["key"] = None
     twin = copy.copy(programs)
-    assert (twin.functions, twin.max_error) == ({}, 0.25)
+    assert (twin.functions, twin.precision) == ({}, "bf16")

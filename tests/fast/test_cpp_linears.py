@@ -5,6 +5,7 @@ They are compiled here, which takes seconds the first time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from vitlib.fast.cpp_kernels import operation
 from vitlib.fast.cpp_linears import (
     AmxInt8Linear,
     AmxLinear,
+    AmxPatches,
     has_amx_linear,
     pack_tiles,
     pad_outputs,
@@ -44,8 +46,9 @@ SHAPES = [
     (260, 3072, 100),
     (50, 2048, 600),
     (1300, 512, 64),
+    (70, 1077, 70),
 ]
-EXACT = {
+EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -187,6 +190,52 @@ def test_layer_gives_what_the_packed_layer_gives() -> None:
     assert relative_error(amx.add(x, other), expected) <= MAX_ERROR[torch.bfloat16]
     no_bias = AmxLinear(LinearWeights(weights.weight))
     assert_near(no_bias(x), x.double() @ weights.weight.double().t(), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    "shape",
+    # Images, channels, height, width, outputs, height and width of a patch.
+    [
+        (1, 3, 16, 16, 8, 16, 16),
+        (2, 3, 35, 50, 40, 16, 16),
+        (3, 1, 28, 70, 100, 14, 14),
+        (2, 4, 32, 64, 33, 8, 32),
+        (1, 3, 9, 5, 3, 3, 2),
+        (5, 3, 224, 224, 64, 32, 32),
+    ],
+    ids=str,
+)
+def test_patches_are_nearly_those_of_float32(shape: tuple[int, ...]) -> None:
+    images, channels, height, width, outputs, p, q = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    conv = nn.Conv2d(channels, outputs, (p, q), (p, q)).requires_grad_(False)
+    conv.weight.copy_(torch.randn(conv.weight.shape, generator=generator))
+    pixels = torch.randn(images, channels, height, width, generator=generator)
+    weights = linear_weights(conv)
+    flat = LinearWeights(weights.weight.flatten(1), weights.bias)
+    y, exact = AmxPatches(flat, conv.weight.shape)(pixels), conv.double()(pixels.double())
+    assert y.dtype == torch.float32
+    assert y.shape == exact.shape
+    assert y.flatten(2).transpose(1, 2).is_contiguous()
+    # The product of both second numbers is left out, and each is rounded: 2^-18 of a number.
+    assert relative_error(y, exact) <= 1e-5
+    assert conv.bias is not None
+    narrow = F.conv2d(pixels.bfloat16(), conv.weight.bfloat16(), conv.bias.bfloat16(), (p, q))
+    assert relative_error(narrow, exact) > 1e-5
+    turned = pixels.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(AmxPatches(flat, conv.weight.shape)(turned), y)
+
+
+def test_patches_are_refused_that_do_not_fit() -> None:
+    patches = AmxPatches(LinearWeights(torch.ones(8, 48)), torch.Size((8, 3, 4, 4)))
+    project = operation("patches_amx")
+    for images in (torch.ones(1, 3, 8, 8).double(), torch.ones(1, 1, 8, 8), torch.ones(3, 8, 8)):
+        with pytest.raises(RuntimeError, match=r"fit|patches are taken"):
+            project(images, patches.packed, patches.bias, 8, 4, 4)
+    values = torch.ones(2, 3, 9, 12), patches.packed, patches.bias, 8, 4, 4
+    checker: Any = torch.library.opcheck
+    checker(project.default, values, test_utils=("test_schema", "test_faketensor"))
 
 
 def arguments(**changes: Any) -> list[Any]:

@@ -71,7 +71,7 @@ class CompiledViT(FastViT):
             model.batch_size,
             model.unoptimized_modules,
         )
-        self.programs = Programs(MAX_ERROR.get(model.precision, MAX_ERROR_16_BITS))
+        self.programs = Programs(model.precision)
 
     def _run(self, trunk: ViT, method: Method, images: Tensor) -> Tensor:
         """Run a method of a trunk on images (B, C, H, W), in micro-batches that are compiled."""
@@ -143,20 +143,20 @@ class Programs:
     """The compiled programs of a model, by trunk, method, shape and number of threads.
 
     Args:
-        max_error: The largest difference from the model that is not compiled, see MAX_ERROR.
+        precision: The model's.
     """
 
-    def __init__(self, max_error: float) -> None:
-        self.max_error = max_error
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
         # None: the model as it is serves, as the program was slower, differed or was not compiled.
         self.functions: dict[Hashable, BatchFunction | None] = {}
         self.plain_trunks: dict[int, ViT] = {}
         self.num_failures = 0
         self.is_closed = False
 
-    def __reduce__(self) -> tuple[type[Programs], tuple[float]]:
+    def __reduce__(self) -> tuple[type[Programs], tuple[str]]:
         """Copy or pickle without the programs: the copy compiles its own."""
-        return Programs, (self.max_error,)
+        return Programs, (self.precision,)
 
     def close(self) -> None:
         """Compile no more programs. Those that there are stay."""
@@ -197,7 +197,7 @@ class Programs:
     def _plain_function(self, trunk: ViT, method: Method) -> BatchFunction:
         """Return a method of the trunk's copy with plain weights."""
         if id(trunk) not in self.plain_trunks:
-            self.plain_trunks[id(trunk)] = unpack_weights(trunk)
+            self.plain_trunks[id(trunk)] = unpack_weights(trunk, self.precision)
         return bind(self.plain_trunks[id(trunk)], method)
 
     def _compile_or_decline(
@@ -211,7 +211,8 @@ class Programs:
             self.close()
         try:
             program = compile_program(self._plain_function(trunk, method), sample)
-            if not is_near(program(sample), exact, self.max_error):
+            max_error = MAX_ERROR.get(self.precision, MAX_ERROR_16_BITS)
+            if not is_near(program(sample), exact, max_error):
                 raise ArithmeticError("the compiled program differs from the model")
         except torch.OutOfMemoryError:
             raise

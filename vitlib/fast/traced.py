@@ -19,8 +19,9 @@ from vitlib.fast import onednn_ops
 from vitlib.fast.attention import bmm_attention, fused_attention, graph_attention
 from vitlib.fast.block import FastBlock
 from vitlib.fast.cpp_attention import cpp_attention
-from vitlib.fast.cpp_linears import AmxInt8Linear, AmxLinear, has_amx_linear
+from vitlib.fast.cpp_linears import AmxInt8Linear, AmxLinear, AmxPatches, has_amx_linear
 from vitlib.fast.cpu import this_machine
+from vitlib.fast.embeddings import PatchLinear
 from vitlib.fast.int8_linears import Int8Linear
 from vitlib.fast.linears import FastLinear, OpaqueLinear, PackedLinear
 from vitlib.fast.module_swap import copy_with_children
@@ -106,19 +107,22 @@ class TracedLinear(PackedLinear):
         return onednn_ops.linear_binary(x, packed, self.bias, other, "add")
 
 
-def unpack_weights(module: nn.Module) -> Any:
+def unpack_weights(module: nn.Module, precision: str) -> Any:
     """Copy a module, with weights and attention that can be traced.
 
     Args:
         module: A trunk of fast modules, which is only read.
+        precision: The model's.
 
     Returns:
         The copy, which shares everything else.
     """
     if isinstance(module, OpaqueLinear):
         return unpack_linear(module)
+    if isinstance(module, PatchLinear) and precision == "bf16" and has_amx_linear():
+        return AmxPatches(module.linear.weights(), module.kernel)
     children = {
-        name: None if child is None else unpack_weights(child)
+        name: None if child is None else unpack_weights(child, precision)
         for name, child in module._modules.items()
     }
     clone = copy_with_children(module, children)

@@ -23,13 +23,68 @@ constexpr int64_t kCached = 1 << 20;  // bytes, of the 2 MiB of L2 of every CPU 
 enum class Then { kNothing, kGelu, kGeluTanh, kSilu, kMultiply, kAdd };
 
 struct Layer {
-  const void* x;
   const char* weight;
   const float *scale, *bias;  // of 8-bit sums; of N in whole blocks
   const void* other;          // (M, N), bfloat16 to multiply by, float32 to add
   void* out;
-  int64_t rows, inputs, outputs;
+  int64_t rows, outputs;
   float out_factor, out_zero_point;  // of uint8 results
+};
+
+// The rows of a matrix.
+template <typename N>
+struct MatrixRows {
+  using Number = N;
+  static constexpr bool kInMemory = true;
+  const Number* x;
+  int64_t inputs;
+
+  const Number* at(int64_t block) const { return x + block * kBlock * inputs; }
+
+  // Copy inputs from the first on of a block's rows, of which `count` exist, to rows of a length.
+  void copy(int64_t block, int64_t count, int64_t first, Number* to, int64_t length) const {
+    for (int64_t i = 0; i < count; ++i)
+      std::copy_n(at(block) + i * inputs + first, inputs - first, to + i * length);
+  }
+};
+
+// The patches of images (B, C, H, W) in float32, each number as a sum of two in bfloat16. A row has
+// the first ones of a patch, the second ones, and the first ones again: by weights that are split as
+// well, and without the product of both second ones, the result is nearly that of float32.
+struct PatchRows {
+  using Number = bfloat16;
+  static constexpr bool kInMemory = false;
+  const float* pixels;
+  int64_t channels, height, width, down, across;  // of an image, and of a patch
+  int64_t inputs;
+
+  void copy(int64_t block, int64_t count, int64_t, Number* to, int64_t length) const {
+    const int64_t grid_width = width / across, patches = height / down * grid_width;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t patch = (block * kBlock + i) % patches;
+      const int64_t image = (block * kBlock + i) / patches;
+      const float* const from = pixels + image * channels * height * width +
+                                patch / grid_width * down * width + patch % grid_width * across;
+      Number* row = to + i * length;
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t y = 0; y < down; ++y, row += across)
+          split(from + (c * height + y) * width, row);
+    }
+  }
+
+ private:
+  void split(const float* from, Number* to) const {
+    const int64_t size = inputs / 3;
+    for (int64_t x = 0; x < across; x += kLanes) {
+      const __mmask16 lanes = first_lanes(across - x);
+      const __m512 number = _mm512_maskz_loadu_ps(lanes, from + x);
+      const __m256i first = (__m256i)_mm512_cvtneps_pbh(number);
+      const __m256i second = (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(number, widen(first)));
+      _mm256_mask_storeu_epi16(to + x, lanes, first);
+      _mm256_mask_storeu_epi16(to + size + x, lanes, second);
+      _mm256_mask_storeu_epi16(to + 2 * size + x, lanes, first);
+    }
+  }
 };
 
 // x / (1 + 2^t)
@@ -66,25 +121,28 @@ inline __m512 activate(__m512 x) {
   return x;
 }
 
-inline __m512 widen(__m256i numbers) {
-  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
-}
-
-// Number: bfloat16 or uint8_t, of the input. Out: float, bfloat16 or uint8_t.
-template <typename Number, typename Out, Then kThen>
+// Rows: of bfloat16 or uint8_t, as above. Out: float, bfloat16 or uint8_t.
+template <typename Rows, typename Out, Then kThen>
 class LinearKernel {
+  using Number = typename Rows::Number;
+
  public:
-  explicit LinearKernel(const Layer& layer)
-      : layer_(layer), steps_((layer.inputs + kNumbers - 1) / kNumbers),
+  LinearKernel(const Layer& layer, const Rows& input)
+      : layer_(layer), input_(input), steps_((input.inputs + kNumbers - 1) / kNumbers),
         rows_of_step_((kBlock + steps_ - 1) / steps_),
-        arena_(kBlock * steps_ * kTileRow + 2 * kBlock * kBlock * sizeof(float)),
+        arena_(kBlock * (steps_ + 1) * kTileRow + 2 * kBlock * kBlock * sizeof(float)),
         rows_(arena_.take<Number>(kBlock * steps_ * kNumbers)),
-        sums_{arena_.take<float>(kBlock * kBlock), arena_.take<float>(kBlock * kBlock)} {}
+        ends_(arena_.take<Number>(kBlock * kNumbers)),
+        sums_{arena_.take<float>(kBlock * kBlock), arena_.take<float>(kBlock * kBlock)} {
+    if (!Rows::kInMemory) std::fill_n(rows_, kBlock * steps_ * kNumbers, Number(0));
+    std::fill_n(ends_, kBlock * kNumbers, Number(0));
+  }
 
   // Compute blocks of rows and of columns, from the first to before the last.
   void run(int64_t row, int64_t last_row, int64_t column, int64_t last_column) {
     const int64_t panel = steps_ * kStepBytes;  // weights of a block
-    const bool few_rows = (last_row - row) * kBlock * layer_.inputs * sizeof(Number) <= kCached;
+    const bool few_rows =
+        Rows::kInMemory && (last_row - row) * kBlock * steps_ * kTileRow <= kCached;
         const int64_t part = few_rows ? 1 : std::max<int64_t>(1, kCached / panel);
     if (row == last_row) return;
     lines_of_step_ = (kStepBytes / kLine + last_row - row - 1) / (last_row - row);
@@ -94,18 +152,12 @@ class LinearKernel {
       soon_end_ = layer_.weight + std::min(last_column, last + part) * panel;
       for (int64_t i = row; i < last_row; ++i) {
         const int64_t count = std::min(kBlock, layer_.rows - i * kBlock);
-        const Number* a = static_cast<const Number*>(layer_.x) + i * kBlock * layer_.inputs;
-        int64_t distance = layer_.inputs;
-        if (count < kBlock || layer_.inputs % kNumbers) {
-          copy_rows(a, count);
-          a = rows_;
-          distance = steps_ * kNumbers;
-        }
+        find_rows(i, count);
         for (int64_t j = first; j < last; ++j) {
           if (count > kRows) {
-            multiply<true>(a, distance, layer_.weight + j * panel);
+            multiply<true>(layer_.weight + j * panel);
           } else {
-            multiply<false>(a, distance, layer_.weight + j * panel);
+            multiply<false>(layer_.weight + j * panel);
           }
           start_finishing(i, j, count);
         }
@@ -117,24 +169,40 @@ class LinearKernel {
  private:
   static constexpr int64_t kNumbers = kTileRow / sizeof(Number);  // in a row of a tile
 
-  // Copy rows whose end is not that of a tile, with zeros after it.
-  void copy_rows(const Number* from, int64_t count) {
-    const int64_t row = steps_ * kNumbers;
-    std::fill_n(rows_, kBlock * row, Number(0));
-    for (int64_t i = 0; i < count; ++i)
-      std::copy_n(from + i * layer_.inputs, layer_.inputs, rows_ + i * row);
+  // Set where a block of rows is. Rows that do not all exist, or not in memory, are copied; of rows
+  // whose end is not that of a tile only the end is.
+  void find_rows(int64_t block, int64_t count) {
+    a_steps_ = steps_;
+    distance_ = steps_ * kNumbers;
+    a_ = rows_;
+    if constexpr (Rows::kInMemory) {
+      if (count == kBlock) {
+        a_ = input_.at(block);
+        distance_ = input_.inputs;
+        a_steps_ = input_.inputs / kNumbers;
+        if (a_steps_ < steps_) input_.copy(block, count, a_steps_ * kNumbers, ends_, kNumbers);
+        return;
+      }
+    }
+    if (block == copied_) return;
+    if (count < kBlock) std::fill_n(rows_, kBlock * distance_, Number(0));
+    input_.copy(block, count, 0, rows_, distance_);
+    copied_ = block;
   }
 
-  // Multiply a block of rows by a panel of columns, and finish the block before it meanwhile.
+  // Multiply the block of rows by a panel of columns, and finish the block before it meanwhile.
   template <bool kBoth>
-  void multiply(const Number* a, int64_t distance, const char* b) {
+  void multiply(const char* b) {
     finish_stores();
     clear_tiles();
-    for (int64_t k = 0; k < steps_; ++k, b += kStepBytes) {
-      multiply_tiles<kBoth>(a + k * kNumbers, distance, b, b + kRows * kTileRow);
+    const int64_t steps = a_steps_, distance = distance_;
+    const Number* a = a_;
+    for (int64_t k = 0; k < steps; ++k, a += kNumbers, b += kStepBytes) {
+      multiply_tiles<kBoth>(a, distance, b, b + kRows * kTileRow);
       fetch_weights();
       finish(rows_of_step_);
     }
+    if (steps < steps_) multiply_tiles<kBoth>(ends_, kNumbers, b, b + kRows * kTileRow);
     finish(kBlock);
     store_tiles<kBoth>(sums_[next_], kBlock);
     finish_stores();
@@ -218,10 +286,14 @@ class LinearKernel {
   }
 
   const Layer& layer_;
+  const Rows& input_;
   const int64_t steps_, rows_of_step_;  // K in rows of tiles; rows to finish meanwhile
   Arena arena_;
-  Number* const rows_;
+  Number *const rows_, *const ends_;
   float* const sums_[2];
+  // The block of rows: where it is, how far its rows lie apart, and how many of its steps are there.
+  const Number* a_ = nullptr;
+  int64_t distance_ = 0, a_steps_ = 0, copied_ = -1;
   // The block that is being finished: its sums, its rows that are done and that there are, where
   // it begins in the result, and its columns.
   const float* sums_of_block_ = nullptr;
@@ -239,9 +311,7 @@ class LinearKernel {
 // Each part multiplies its blocks, and reads its weights; where columns are divided as well, it
 // reads inputs that another thread wrote. The costs of a byte, over that of a product of two tiles,
 // were measured on a Xeon of the fourth generation.
-template <typename Number>
-int64_t parts_of_rows(const Layer& layer, int64_t rows, int64_t columns, int64_t threads) {
-  const int64_t steps = (layer.inputs * sizeof(Number) + kTileRow - 1) / kTileRow;
+int64_t parts_of_rows(int64_t rows, int64_t columns, int64_t steps, int64_t threads) {
   const auto cost = [&](int64_t down) {
     const int64_t across = threads / down;
     const int64_t tall = (rows + down - 1) / down, wide = (columns + across - 1) / across;
@@ -256,15 +326,17 @@ int64_t parts_of_rows(const Layer& layer, int64_t rows, int64_t columns, int64_t
   return best;
 }
 
-template <typename Number, typename Out, Then kThen>
-void run(const Layer& layer) {
+template <typename Out, Then kThen, typename Rows>
+void run(const Layer& layer, const Rows& input) {
   const int64_t rows = (layer.rows + kBlock - 1) / kBlock;
   const int64_t columns = (layer.outputs + kBlock - 1) / kBlock;
+  const int64_t bytes = input.inputs * sizeof(typename Rows::Number);
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int64_t down = parts_of_rows<Number>(layer, rows, columns, threads);
+  const int64_t steps = (bytes + kTileRow - 1) / kTileRow;
+  const int64_t down = Rows::kInMemory ? parts_of_rows(rows, columns, steps, threads) : threads;
   const int64_t across = threads / down;
   split_among_threads(threads, [&](int64_t begin, int64_t end) {
-    LinearKernel<Number, Out, kThen> kernel(layer);
+    LinearKernel<Rows, Out, kThen> kernel(layer, input);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / across, j = task % across;
       kernel.run(rows * i / down, rows * (i + 1) / down, columns * j / across,
@@ -273,13 +345,13 @@ void run(const Layer& layer) {
   });
 }
 
-template <typename Number, typename Out>
-void run(const Layer& layer, const std::string& then) {
-  if (then == "none") return run<Number, Out, Then::kNothing>(layer);
-  if (then == "gelu") return run<Number, Out, Then::kGelu>(layer);
-  if (then == "gelu_tanh") return run<Number, Out, Then::kGeluTanh>(layer);
-  if (then == "silu") return run<Number, Out, Then::kSilu>(layer);
-  if (then == "mul" && sizeof(Out) == 2) return run<Number, Out, Then::kMultiply>(layer);
+template <typename Out, typename Rows>
+void run(const Layer& layer, const Rows& input, const std::string& then) {
+  if (then == "none") return run<Out, Then::kNothing>(layer, input);
+  if (then == "gelu") return run<Out, Then::kGelu>(layer, input);
+  if (then == "gelu_tanh") return run<Out, Then::kGeluTanh>(layer, input);
+  if (then == "silu") return run<Out, Then::kSilu>(layer, input);
+  if (then == "mul" && sizeof(Out) == 2) return run<Out, Then::kMultiply>(layer, input);
   TORCH_CHECK(false, "a linear layer of this kind is not followed by ", then);
 }
 
@@ -316,17 +388,18 @@ at::Tensor apply(const at::Tensor& input, const at::Tensor& weight, const float*
               "the other tensor does not fit ", then);
   const at::ScalarType dtype = adds ? at::kFloat : out_factor ? at::kByte : at::kBFloat16;
   const at::Tensor out = at::empty(sizes, x.options().dtype(dtype));
-  const Layer layer{x.const_data_ptr(), static_cast<const char*>(weight.const_data_ptr()), scale,
+  const MatrixRows<Number> rows{static_cast<const Number*>(x.const_data_ptr()), inputs};
+  const Layer layer{static_cast<const char*>(weight.const_data_ptr()), scale,
                     bias.const_data_ptr<float>(), other ? second.const_data_ptr() : nullptr,
-                    out.mutable_data_ptr(), x.numel() / inputs, inputs, outputs,
+                    out.mutable_data_ptr(), x.numel() / inputs, outputs,
                     static_cast<float>(out_factor.value_or(0)),
                     static_cast<float>(out_zero_point)};
   if (adds) {
-    run<Number, float, Then::kAdd>(layer);
+    run<float, Then::kAdd>(layer, rows);
   } else if (!out_factor) {
-    run<Number, bfloat16>(layer, then);
+    run<bfloat16>(layer, rows, then);
   } else if constexpr (is_int8) {
-    run<Number, uint8_t>(layer, then);
+    run<uint8_t>(layer, rows, then);
   }
   return out;
 }
@@ -348,9 +421,34 @@ at::Tensor linear_int8_amx(const at::Tensor& x, const at::Tensor& weight, const 
                         out_factor, out_zero_point);
 }
 
+// Images (B, C, H, W) float32 -> (B, h w, N) float32.
+at::Tensor patches_amx(const at::Tensor& images, const at::Tensor& weight, const at::Tensor& bias,
+                       int64_t outputs, int64_t down, int64_t across) {
+  check_amx();
+  const at::Tensor x = images.contiguous();
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && bias.scalar_type() == at::kFloat &&
+                  down > 0 && across > 0 && outputs > 0,
+              "patches are taken of images in float32, not of ", x.scalar_type(), " ", x.sizes());
+  const int64_t inputs = 3 * x.size(1) * down * across, columns = round_up(outputs, kBlock);
+  TORCH_CHECK(bias.numel() == columns && weight.numel() == columns * round_up(inputs, kStep),
+              "weights ", weight.sizes(), " and bias ", bias.sizes(), " do not fit ", x.sizes(),
+              " and ", outputs, " outputs");
+  const int64_t patches = (x.size(2) / down) * (x.size(3) / across);
+  const at::Tensor out = at::empty({x.size(0), patches, outputs}, x.options());
+  const PatchRows rows{x.const_data_ptr<float>(), x.size(1), x.size(2), x.size(3), down, across,
+                       inputs};
+  const Layer layer{static_cast<const char*>(weight.const_data_ptr()), nullptr,
+                    bias.const_data_ptr<float>(), nullptr, out.mutable_data_ptr(),
+                    x.size(0) * patches, outputs, 0, 0};
+  run<float, Then::kNothing>(layer, rows);
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(vitlib, library) {
+  library.def("patches_amx(Tensor images, Tensor weight, Tensor bias, int outputs, int down, "
+              "int across) -> Tensor");
   library.def("linear_amx(Tensor x, Tensor weight, Tensor bias, Tensor? other, int outputs, "
               "str then) -> Tensor");
   library.def("linear_int8_amx(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? other, "
@@ -358,6 +456,7 @@ TORCH_LIBRARY_FRAGMENT(vitlib, library) {
 }
 
 TORCH_LIBRARY_IMPL(vitlib, CPU, library) {
+  library.impl("patches_amx", patches_amx);
   library.impl("linear_amx", linear_amx);
   library.impl("linear_int8_amx", linear_int8_amx);
 }

@@ -33,6 +33,10 @@ inline __m512i round_to_bfloat16(__m512 first, __m512 second) {
   return (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
 
+inline __m512 widen(__m256i numbers) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16);
+}
+
 // 2 to the power of y. A polynomial for the fraction errs by 4e-6; bfloat16 rounds by 2e-3.
 inline __m512 exp2(__m512 y) {
   const __m512 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
