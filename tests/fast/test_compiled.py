@@ -33,6 +33,7 @@ from fixtures.fast_models import (
 from vitlib import ViT
 from vitlib.errors import ConfigError, ImageError
 from vitlib.fast import FastViT, compiled, inductor, onednn_ops, traced
+from vitlib.fast.block import linear_weights
 from vitlib.fast.compiled import (
     MAX_ERROR,
     MAX_ERROR_16_BITS,
@@ -45,8 +46,9 @@ from vitlib.fast.compiled import (
 )
 from vitlib.fast.cpp_linears import AmxInt8Linear, AmxLinear, AmxPatches
 from vitlib.fast.cpu import this_machine
+from vitlib.fast.linears import PackedLinear
 from vitlib.fast.onednn_ops import has_packed_linear
-from vitlib.fast.traced import unpack_weights
+from vitlib.fast.traced import MIN_AMX_ROWS, SplitLinear, unpack_weights
 
 PRECISIONS = [
     "fp32",
@@ -149,6 +151,7 @@ def test_float32_layers_of_many_rows_are_packed_for_onednn(
         machine = replace(this_machine(), vendor=vendor)
         monkeypatch.setattr(traced, "this_machine", lambda machine=machine: machine)
         monkeypatch.setattr(traced, "MIN_ONEDNN_ROWS", rows)
+        monkeypatch.setattr(traced, "has_amx_linear", lambda _: False)
         plain = unpack_weights(fast.trunk, fast.precision)
         with monkeypatch.context() as patch:
             patch.setattr(onednn_ops, "pack", lambda w: (weights.append(w), pack(w))[1])
@@ -216,24 +219,43 @@ def test_real_program_of_the_quick_settings(
 
 @pytest.mark.usefixtures("trace_only")
 @pytest.mark.skipif(not this_machine().amx, reason="this CPU has no AMX")
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_layers_are_those_of_amx_where_they_are_compiled(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast, _ = optimize_both(tiny(), precision)
     images = pixels(tiny(), 2)
     amx = unpack_weights(fast.trunk, fast.precision)
-    monkeypatch.setattr(traced, "has_amx_linear", lambda: False)
+    monkeypatch.setattr(traced, "has_amx_linear", lambda _: False)
     plain = unpack_weights(fast.trunk, fast.precision)
+    kind = {"fp32": SplitLinear, "bf16": AmxLinear, "int8": AmxInt8Linear}[precision]
     for layer in ("qkv", "out", "up", "down"):
-        kind = AmxLinear if precision == "bf16" else AmxInt8Linear
         assert type(getattr(amx.blocks[0], layer)) is kind
         assert type(getattr(plain.blocks[0], layer)) is not kind
     assert isinstance(amx.patch_embed.proj, AmxPatches) is (precision == "bf16")
-    exact = fast(images)
-    assert relative_error(amx(images), exact) <= MAX_ERROR_16_BITS
-    assert relative_error(plain(images), exact) <= MAX_ERROR_16_BITS
-    assert relative_error(amx(images.flip(0)), exact) > MAX_ERROR_16_BITS
+    exact, bound = fast(images), MAX_ERROR.get(precision, MAX_ERROR_16_BITS)
+    assert relative_error(amx(images), exact) <= bound
+    assert relative_error(plain(images), exact) <= bound
+    assert relative_error(amx(images.flip(0)), exact) > bound
+
+
+@pytest.mark.skipif(not this_machine().amx, reason="this CPU has no AMX")
+def test_few_rows_of_float32_are_left_to_other_kernels() -> None:
+    layer = torch.nn.Linear(24, 40).requires_grad_(False)
+    source = PackedLinear(linear_weights(layer), torch.float32)
+    split = SplitLinear(source)
+    x, other = torch.randn(MIN_AMX_ROWS, 24), torch.randn(MIN_AMX_ROWS, 40)
+    assert split.choose(x) is split.amx
+    assert split.choose(x[1:]) is split.traced
+    for rows in (0, 1):
+        part, second = x[rows:], other[rows:]
+        exact = source(part)
+        assert relative_error(split(part), exact) <= MAX_ERROR["fp32"]
+        assert relative_error(split.add(part, second), exact + second) <= MAX_ERROR["fp32"]
+        assert relative_error(split.add_(part, second), exact + second) <= MAX_ERROR["fp32"]
+        assert relative_error(split.multiply(part, second), exact * second) <= MAX_ERROR["fp32"]
+        gelu = torch.nn.functional.gelu(exact)
+        assert relative_error(split.activate(part, "gelu", None), gelu) <= MAX_ERROR["fp32"]
 
 
 @pytest.mark.usefixtures("trace_only")

@@ -22,6 +22,7 @@ from vitlib.fast.cpp_linears import (
     has_amx_linear,
     pack_tiles,
     pad_outputs,
+    split_numbers,
 )
 from vitlib.fast.cpu import this_machine
 from vitlib.fast.int8_linears import Int8Linear
@@ -33,6 +34,8 @@ pytestmark = pytest.mark.skipif(not this_machine().amx, reason="this CPU has no 
 # Root mean square difference from float64 over its root mean square: bfloat16 rounds the result,
 # and sums of float32 differ in their order.
 MAX_ERROR = {torch.bfloat16: 2.5e-3, torch.float32: 1e-6}
+# The largest of SHAPES gives 2.5e-7 on AMX's tiles, and 3.4e-7 by oneDNN's float32.
+MAX_SPLIT_ERROR = 5e-7
 # Rows, inputs, outputs: around the sizes of a tile and a block, and parts of the cache.
 SHAPES = [
     (1, 1, 1),
@@ -58,7 +61,8 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    assert has_amx_linear()
+    assert has_amx_linear(torch.bfloat16)
+    assert has_amx_linear(torch.float32)
 
 
 def draw(shape: tuple[int, int, int]) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -88,7 +92,7 @@ def assert_near(actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layer_gives_what_float64_gives(shape: tuple[int, int, int]) -> None:
     layer, x, other = draw(shape)
-    amx = AmxLinear(linear_weights(layer))
+    amx = AmxLinear(linear_weights(layer), torch.bfloat16)
     exact = layer.double()(x.double())
     assert_near(amx(x), exact, torch.bfloat16)
     assert_near(amx.add(x, other), exact + other, torch.float32)
@@ -106,7 +110,7 @@ def test_layer_gives_what_float64_gives(shape: tuple[int, int, int]) -> None:
 def test_activations_are_exact_to_bfloat16_everywhere(activation: str) -> None:
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -1e4, 1e4, 3e38])])
     x = x.bfloat16()[:, None]
-    one = AmxLinear(LinearWeights(torch.ones(1, 1)))
+    one = AmxLinear(LinearWeights(torch.ones(1, 1)), torch.bfloat16)
     y, exact = one.activate(x, activation, None).double(), EXACT[activation](x.double())
     assert torch.allclose(y, exact, rtol=4e-3, atol=2.5e-4)
     assert not torch.allclose(y, exact, rtol=1e-3, atol=2.5e-4)
@@ -119,7 +123,7 @@ def test_activations_are_exact_to_bfloat16_everywhere(activation: str) -> None:
 @pytest.mark.parametrize("shape", [(33, 64, 200), (300, 64, 64), (40, 3072, 100)], ids=str)
 def test_threads_change_no_bit(shape: tuple[int, int, int], threads: int) -> None:
     layer, x, other = draw(shape)
-    amx = AmxLinear(linear_weights(layer))
+    amx = AmxLinear(linear_weights(layer), torch.bfloat16)
     by_two = amx(x), amx.add(x, other)
     torch.set_num_threads(threads)
     assert torch.equal(amx(x), by_two[0])
@@ -128,13 +132,66 @@ def test_threads_change_no_bit(shape: tuple[int, int, int], threads: int) -> Non
 
 def test_layout_in_memory_changes_no_bit() -> None:
     layer, x, other = draw((33, 65, 40))
-    amx = AmxLinear(linear_weights(layer))
+    amx = AmxLinear(linear_weights(layer), torch.bfloat16)
     expected = amx.add(x, other)
     columns = x.t().contiguous().t()
     wide = torch.cat([other, other], 1)[:, :40]
     assert torch.equal(amx.add(columns, wide), expected)
     assert torch.equal(amx.add(x[None], other[None]), expected[None])
     assert amx(x[:0]).shape == (0, 40)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_layer_is_as_exact_as_float32(shape: tuple[int, int, int]) -> None:
+    rows, inputs, outputs = shape
+    layer, _, other = draw(shape)
+    # Numbers with all bits of float32, and of sizes that differ by a factor of a million.
+    layer.weight.mul_(1 + torch.rand(outputs, inputs) / 3)
+    x = torch.randn(rows, inputs) * torch.logspace(-3, 3, rows)[:, None]
+    amx = AmxLinear(linear_weights(layer), torch.float32)
+    results = amx(x), amx.add(x, other), amx.multiply(x, other)
+    exact = layer.double()(x.double())
+    for y, expected in zip(results, (exact, exact + other, exact * other), strict=True):
+        assert y.dtype == torch.float32
+        assert relative_error(y, expected) <= MAX_SPLIT_ERROR
+        by_row = torch.linalg.vector_norm(y - expected, dim=1)
+        assert (by_row <= 3 * MAX_SPLIT_ERROR * torch.linalg.vector_norm(expected, dim=1)).all()
+    first, second = split_numbers(x, 2)
+    two_parts = layer(first.double() + second.double())
+    assert rows == 1 or relative_error(two_parts, exact) > MAX_SPLIT_ERROR
+    for activation in ("gelu", "gelu_tanh", "silu"):
+        y = amx.activate(x, activation, None).double()
+        assert torch.allclose(y, EXACT[activation](results[0].double()), rtol=3e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_are_exact_to_float32_everywhere(activation: str) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 40001), torch.tensor([0.0, -1e4, 1e4, 3e38])])[:, None]
+    one = AmxLinear(LinearWeights(torch.ones(1, 1)), torch.float32)
+    y, exact = one.activate(x, activation, None).double(), EXACT[activation](x.double())
+    assert torch.allclose(y, exact, rtol=3e-7, atol=1.5e-7)
+    assert not torch.allclose(y, exact, rtol=1e-8, atol=1e-8)
+
+
+def test_float32_numbers_are_sums_of_three() -> None:
+    values = torch.randn(1000) * torch.logspace(-20, 20, 1000)
+    parts = split_numbers(values, 3)
+    assert torch.equal(torch.stack(parts).double().sum(0), values.double())
+    assert all(part.dtype == torch.bfloat16 for part in parts)
+
+
+def test_threads_and_layout_change_no_bit_of_float32() -> None:
+    for shape in ((33, 64, 200), (300, 1000, 64), (40, 3072, 100)):
+        layer, x, other = draw(shape)
+        amx, wide = AmxLinear(linear_weights(layer), torch.float32), x.float()
+        expected = amx.add(wide, other)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(amx.add(wide, other), expected)
+        torch.set_num_threads(1)
+        assert torch.equal(amx.add(wide.t().contiguous().t(), other), expected)
+        assert amx(wide[:0]).shape == (0, shape[2])
 
 
 def quantized(shape: tuple[int, int, int]) -> tuple[LinearWeights, Tensor, Tensor, Tensor]:
@@ -184,11 +241,11 @@ def test_8_bit_layer_takes_what_int8_linear_takes(shape: tuple[int, int, int]) -
 def test_layer_gives_what_the_packed_layer_gives() -> None:
     layer, x, other = draw((64, 96, 200))
     weights = linear_weights(layer)
-    amx, onednn = AmxLinear(weights), PackedLinear(weights, torch.bfloat16)
+    amx, onednn = AmxLinear(weights, torch.bfloat16), PackedLinear(weights, torch.bfloat16)
     assert relative_error(amx(x), onednn(x).double()) <= MAX_ERROR[torch.bfloat16]
     expected = onednn.add(x, other).double()
     assert relative_error(amx.add(x, other), expected) <= MAX_ERROR[torch.bfloat16]
-    no_bias = AmxLinear(LinearWeights(weights.weight))
+    no_bias = AmxLinear(LinearWeights(weights.weight), torch.bfloat16)
     assert_near(no_bias(x), x.double() @ weights.weight.double().t(), torch.bfloat16)
 
 
@@ -282,9 +339,17 @@ def test_operations_are_what_the_compiler_is_told() -> None:
     checker: Any = torch.library.opcheck
     checker(operation("linear_amx").default, tuple(arguments()), test_utils=checks)
     plain = tuple(arguments(other=None, then="gelu"))
+    layer, wide, other = draw((3, 40, 34))
+    amx = AmxLinear(linear_weights(layer), torch.float32)
+    for second, then in ((other, "add"), (other, "mul"), (None, "silu")):
+        split_values = (wide.float(), amx.packed, amx.bias, second, 34, then)
+        checker(operation("linear_split_amx").default, split_values, test_utils=checks)
+    for broken in ((wide, "none"), (wide.float()[:, :20], "none"), (wide.float(), "add")):
+        with pytest.raises(RuntimeError, match=r"fit|takes no"):
+            operation("linear_split_amx")(broken[0], amx.packed, amx.bias, None, 34, broken[1])
     checker(operation("linear_amx").default, plain, test_utils=checks)
     weights, x, _, other = quantized((3, 40, 34))
-    amx = AmxInt8Linear(weights)
+    int8 = AmxInt8Linear(weights)
     for second, then, factor in ((other, "add", None), (None, "silu", 20.0), (None, "none", None)):
-        values = (x, amx.packed, amx.scale, amx.bias, second, 34, then, factor, 3.0)
+        values = (x, int8.packed, int8.scale, int8.bias, second, 34, then, factor, 3.0)
         checker(operation("linear_int8_amx").default, values, test_utils=checks)

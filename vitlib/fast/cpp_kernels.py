@@ -27,7 +27,8 @@ FOLDER = Path(__file__).with_name("cpp")
 FILES = {
     "attention_amx": ("kernel.h", "tiles.h", "attention.h", "attention_amx.cpp"),
     "attention_avx512": ("kernel.h", "attention.h", "attention_avx512.cpp"),
-    "linear_amx": ("kernel.h", "tiles.h", "linear_amx.cpp"),
+    "linear_amx": ("kernel.h", "tiles.h", "linear.h", "linear_amx.cpp"),
+    "linear_split_amx": ("kernel.h", "tiles.h", "linear.h", "linear_split_amx.cpp"),
 }
 
 

@@ -18,26 +18,40 @@ BLOCK = 32  # columns of a block of the result
 TILE_ROWS, TILE_BYTES = 16, 64  # of a row
 
 
-def has_amx_linear() -> bool:
-    """Return True if this CPU has the kernel's instructions, and it can be compiled."""
+def has_amx_linear(dtype: torch.dtype) -> bool:
+    """Return True if this CPU has the kernels' instructions, and they can be compiled.
+
+    Args:
+        dtype: Of the layers' float outputs, bfloat16 or float32.
+    """
     machine = this_machine()
     is_x86 = machine.architecture.lower() in ("x86_64", "amd64")
-    return is_x86 and machine.amx and load_kernels("linear_amx", FAKES, run_samples)
+    if not is_x86 or not machine.amx:
+        return False
+    if dtype == torch.float32:
+        return load_kernels("linear_split_amx", SPLIT_FAKES, run_split_sample)
+    return load_kernels("linear_amx", FAKES, run_samples)
 
 
 class AmxLinear(nn.Module):
-    """A linear layer in bfloat16 on AMX's tiles, with what follows fused into it.
+    """A linear layer on AMX's tiles, with what follows fused into it.
 
-    It has the methods of FastLinear that compute, and calls the kernel alone.
+    It has the methods of FastLinear that compute, and calls the kernel alone. In float32 each
+    number is a sum of three in bfloat16, and six products of those are added: the result is as near
+    to float64 as that of a float32 product.
 
     Args:
-        weights: The numbers of the layer, in bfloat16.
+        weights: The numbers of the layer.
+        dtype: Of inputs and outputs, bfloat16 or float32.
     """
 
-    def __init__(self, weights: LinearWeights) -> None:
+    def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = weights.weight.shape
-        self.packed = pack_tiles(weights.weight.bfloat16())
+        self.dtype = dtype
+        parts = split_numbers(weights.dequantize(), 3 if dtype == torch.float32 else 1)
+        self.operation = "linear_split_amx" if dtype == torch.float32 else "linear_amx"
+        self.packed = torch.stack([pack_tiles(part) for part in parts], dim=2)
         self.bias = pad_outputs(weights.bias, self.out_features)
 
     def run(self, x: Tensor, other: Tensor | None, then: str) -> Tensor:
@@ -46,18 +60,19 @@ class AmxLinear(nn.Module):
         Args:
             x: (..., K).
             other: (..., N) for "mul" or "add", else None.
-            then: "none", an activation, "mul" by a bfloat16 tensor, or "add" a float32 one.
+            then: "none", an activation, "mul" by a tensor of the layer's dtype, or "add" a float32
+                one.
 
         Returns:
-            (..., N) bfloat16; float32 from "add".
+            (..., N) in the layer's dtype; float32 from "add".
         """
-        y: Tensor = operation("linear_amx")(
-            x.bfloat16(), self.packed, self.bias, other, self.out_features, then
+        y: Tensor = operation(self.operation)(
+            x.to(self.dtype), self.packed, self.bias, other, self.out_features, then
         )
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer, (..., K) to (..., N) bfloat16.
+        """Apply the layer, (..., K) to (..., N).
 
         Args:
             x: (..., K).
@@ -65,7 +80,7 @@ class AmxLinear(nn.Module):
         return self.run(x, None, "none")
 
     def activate(self, x: Tensor, activation: str, next_linear: nn.Module | None) -> Tensor:  # noqa: ARG002
-        """Apply the layer and an activation, (..., K) to (..., N) bfloat16.
+        """Apply the layer and an activation, (..., K) to (..., N).
 
         Args:
             x: (..., K).
@@ -75,13 +90,13 @@ class AmxLinear(nn.Module):
         return self.run(x, None, activation)
 
     def multiply(self, x: Tensor, other: Tensor) -> Tensor:
-        """Apply the layer and multiply by another tensor, (..., K) to (..., N) bfloat16.
+        """Apply the layer and multiply by another tensor, (..., K) to (..., N).
 
         Args:
             x: (..., K).
             other: (..., N).
         """
-        return self.run(x, other.bfloat16(), "mul")
+        return self.run(x, other.to(self.dtype), "mul")
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Apply the layer and add the residual stream, (..., K) to (..., N) float32.
@@ -218,9 +233,7 @@ class AmxPatches(nn.Module):
         super().__init__()
         self.kernel, self.in_channels = kernel, kernel[1]
         self.weight = torch.empty(0, dtype=torch.float32)  # PatchEmbed casts pixels to its dtype
-        weight = linear.dequantize()
-        first = weight.bfloat16()
-        second = (weight - first).bfloat16()
+        first, second = split_numbers(linear.dequantize(), 2)
         self.packed = pack_tiles(torch.cat([first, first, second], dim=1))
         self.bias = pad_outputs(linear.bias, kernel[0])
 
@@ -247,6 +260,23 @@ def round_down(x: Tensor) -> Tensor:
         x: Any shape, of floats. What is outside 0 to 255 becomes the nearer of both.
     """
     return onednn_ops.to_uint8(x.clamp(0, 255))
+
+
+def split_numbers(values: Tensor, count: int) -> list[Tensor]:
+    """Write numbers as sums of bfloat16 numbers: each is what is left, rounded.
+
+    Args:
+        values: Any shape, float32.
+        count: Numbers of each sum. Three hold every bit of a float32.
+
+    Returns:
+        As many tensors of the same shape.
+    """
+    parts = []
+    for _ in range(count):
+        parts.append(values.bfloat16())
+        values = values - parts[-1].float()
+    return parts
 
 
 def pack_tiles(weight: Tensor) -> Tensor:
@@ -339,6 +369,23 @@ def fake_patches(
     return images.new_empty((b, (height // down) * (width // across), outputs))
 
 
+def fake_split_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, outputs: int, then: str,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
+    """Return an empty tensor of the result's shape, (..., N).
+
+    Args:
+        x: (..., K).
+        weight: The packed weight.
+        bias: In whole blocks.
+        other: (..., N), or None.
+        outputs: N.
+        then: What follows the product.
+    """
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+SPLIT_FAKES = (("linear_split_amx", fake_split_linear),)
 FAKES = (
     ("linear_amx", fake_linear),
     ("linear_int8_amx", fake_int8_linear),
@@ -349,9 +396,15 @@ FAKES = (
 def run_samples() -> None:
     """Run the kernels on one number."""
     one = torch.ones(1, 1, dtype=torch.bfloat16, device="cpu")
-    AmxLinear(LinearWeights(one))(one)
+    AmxLinear(LinearWeights(one), torch.bfloat16)(one)
     scale = torch.ones(1, dtype=torch.float32, device="cpu")
     weights = LinearWeights(one.to(torch.int8), scale=scale, x_scale=1.0)
     AmxInt8Linear(weights)(one.to(torch.uint8))
     image = torch.ones(1, 1, 1, 1, dtype=torch.float32, device="cpu")
     AmxPatches(LinearWeights(image[0, 0]), image.shape)(image)
+
+
+def run_split_sample() -> None:
+    """Run the kernel of float32 on one number."""
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    AmxLinear(LinearWeights(one), torch.float32)(one)

@@ -1,9 +1,8 @@
 """Fast modules as torch's compiler traces them: with plain weights, and kernels it can call.
 
-How data flows: unpack_weights copies a trunk of fast modules. Its linear layers in 16 and 8 bits
-become those of AMX's tiles where the CPU has them; others get plain weights, which the compiler
-packs once, as packed ones are opaque to it. Its attention gets the fastest kernel that can be
-traced.
+How data flows: unpack_weights copies a trunk of fast modules. Its linear layers become those of
+AMX's tiles where the CPU has them; others get plain weights, which the compiler packs once, as
+packed ones are opaque to it. Its attention gets the fastest kernel that can be traced.
 
 Shapes: (..., K) inputs to (..., N) outputs of a linear layer.
 """
@@ -30,8 +29,10 @@ from vitlib.fast.module_swap import copy_with_children
 # the compiler takes for a plain linear layer. Measured on an Intel CPU with AMX, ViT-S/16: 7 % and
 # 3 % slower at 197 and 394 rows, 5 % and 11 % faster at 788 and 1576. On AMD MKL is slow (cpu.py).
 MIN_ONEDNN_ROWS = 600
-# The layers of AMX's tiles, by those that they replace, where outputs are bfloat16.
-AMX_LINEARS = {PackedLinear: AmxLinear, Int8Linear: AmxInt8Linear}
+# Fewest rows whose float32 product is faster on AMX's tiles, whose weights take 1.5 times the
+# memory. Measured with weights of 384 x 384 to 768 x 3072: slower at 8 rows, 1.0 to 2.1 times as
+# fast at 16.
+MIN_AMX_ROWS = 16
 
 
 class TracedLinear(PackedLinear):
@@ -107,6 +108,84 @@ class TracedLinear(PackedLinear):
         return onednn_ops.linear_binary(x, packed, self.bias, other, "add")
 
 
+class SplitLinear(nn.Module):
+    """A float32 layer on AMX's tiles, which leaves few rows to a TracedLinear.
+
+    Args:
+        source: The layer that it computes.
+    """
+
+    def __init__(self, source: PackedLinear) -> None:
+        super().__init__()
+        self.source = source
+        self.amx = AmxLinear(source.weights(), torch.float32)
+        self.traced: nn.Module | None = None
+
+    def choose(self, x: Tensor) -> Any:
+        """Choose the layer for an input.
+
+        Args:
+            x: (..., K).
+
+        Returns:
+            The layer. The first call makes that of few rows, before the compiler traces.
+        """
+        if x.numel() >= MIN_AMX_ROWS * self.amx.in_features:
+            return self.amx
+        if self.traced is None:
+            self.traced = plain_copy(self.source)
+        return self.traced
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer, (..., K) to (..., N).
+
+        Args:
+            x: (..., K).
+        """
+        y: Tensor = self.choose(x)(x)
+        return y
+
+    def activate(self, x: Tensor, activation: str, next_linear: nn.Module | None) -> Tensor:
+        """Apply the layer and an activation, (..., K) to (..., N).
+
+        Args:
+            x: (..., K).
+            activation: "gelu", "gelu_tanh" or "silu".
+            next_linear: Not used.
+        """
+        y: Tensor = self.choose(x).activate(x, activation, next_linear)
+        return y
+
+    def multiply(self, x: Tensor, other: Tensor) -> Tensor:
+        """Apply the layer and multiply by another tensor, (..., K) to (..., N).
+
+        Args:
+            x: (..., K).
+            other: (..., N).
+        """
+        y: Tensor = self.choose(x).multiply(x, other)
+        return y
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Apply the layer and add the residual stream, (..., K) to (..., N).
+
+        Args:
+            x: (..., K).
+            residual: (..., N) float32, which is only read.
+        """
+        y: Tensor = self.choose(x).add(x, residual)
+        return y
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Apply the layer and add the residual stream, as `add` does.
+
+        Args:
+            x: (..., K).
+            residual: (..., N) float32.
+        """
+        return self.add(x, residual)
+
+
 def unpack_weights(module: nn.Module, precision: str) -> Any:
     """Copy a module, with weights and attention that can be traced.
 
@@ -119,7 +198,7 @@ def unpack_weights(module: nn.Module, precision: str) -> Any:
     """
     if isinstance(module, OpaqueLinear):
         return unpack_linear(module)
-    if isinstance(module, PatchLinear) and precision == "bf16" and has_amx_linear():
+    if isinstance(module, PatchLinear) and precision == "bf16" and has_amx_linear(torch.bfloat16):
         return AmxPatches(module.linear.weights(), module.kernel)
     children = {
         name: None if child is None else unpack_weights(child, precision)
@@ -145,9 +224,24 @@ def unpack_linear(linear: OpaqueLinear) -> nn.Module:
     Returns:
         A layer of AMX's tiles where there is one, else a copy with the plain weight.
     """
-    amx_linear = AMX_LINEARS.get(type(linear))
-    if amx_linear is not None and linear.dtype == torch.bfloat16 and has_amx_linear():
-        return amx_linear(linear.weights())
+    if linear.dtype in (torch.float32, torch.bfloat16) and has_amx_linear(linear.dtype):
+        if type(linear) is Int8Linear and linear.dtype == torch.bfloat16:
+            return AmxInt8Linear(linear.weights())
+        if type(linear) is PackedLinear:
+            is_float32 = linear.dtype == torch.float32
+            return SplitLinear(linear) if is_float32 else AmxLinear(linear.weights(), linear.dtype)
+    return plain_copy(linear)
+
+
+def plain_copy(linear: OpaqueLinear) -> OpaqueLinear:
+    """Copy a linear layer with its weight as a plain tensor.
+
+    Args:
+        linear: The layer, which is only read.
+
+    Returns:
+        The copy, a TracedLinear in float32.
+    """
     clone = object.__new__(type(linear))  # copy.copy would pack the weight once more
     clone.__dict__.update(linear.__dict__, packed=linear.weights().weight.contiguous())
     if isinstance(clone, PackedLinear):

@@ -80,6 +80,18 @@ inline void multiply_tiles(const Number* a, int64_t row, const void* b, const vo
 
 #undef VITLIB_MULTIPLY
 
+// Read what store_tiles wrote.
+template <bool kBoth>
+inline void load_tiles(const void* from, int64_t row) {
+  const float* const sums = static_cast<const float*>(from);
+  _tile_loadd(0, sums, row * sizeof(float));
+  _tile_loadd(1, sums + kRows, row * sizeof(float));
+  if constexpr (kBoth) {
+    _tile_loadd(2, sums + kRows * row, row * sizeof(float));
+    _tile_loadd(3, sums + kRows * row + kRows, row * sizeof(float));
+  }
+}
+
 // Write the sums of 32 (or 16) rows, of 32 bits each, to rows that lie `row` numbers apart.
 template <bool kBoth>
 inline void store_tiles(void* to, int64_t row) {
