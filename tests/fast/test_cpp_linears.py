@@ -20,14 +20,12 @@ from vitlib.fast.cpp_linears import (
     AmxLinear,
     AmxPatches,
     has_amx_linear,
-    pack_tiles,
-    pad_outputs,
-    split_numbers,
 )
 from vitlib.fast.cpu import this_machine
 from vitlib.fast.int8_linears import Int8Linear
 from vitlib.fast.int8_quantization import quantize_weights
 from vitlib.fast.linears import LinearWeights, PackedLinear
+from vitlib.fast.tiles import pack_tiles, pad_outputs, split_numbers
 
 pytestmark = pytest.mark.skipif(not this_machine().amx, reason="this CPU has no AMX")
 

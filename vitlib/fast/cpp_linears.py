@@ -6,16 +6,13 @@ Shapes: (..., K) inputs to (..., N) outputs of a linear layer.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.fast import onednn_ops
 from vitlib.fast.cpp_kernels import load_kernels, operation
 from vitlib.fast.cpu import this_machine
 from vitlib.fast.linears import LinearWeights
-
-BLOCK = 32  # columns of a block of the result
-TILE_ROWS, TILE_BYTES = 16, 64  # of a row
+from vitlib.fast.tiles import pack_tiles, pad_outputs, split_numbers
 
 
 def has_amx_linear(dtype: torch.dtype) -> bool:
@@ -262,57 +259,6 @@ def round_down(x: Tensor) -> Tensor:
     return onednn_ops.to_uint8(x.clamp(0, 255))
 
 
-def split_numbers(values: Tensor, count: int) -> list[Tensor]:
-    """Write numbers as sums of bfloat16 numbers: each is what is left, rounded.
-
-    Args:
-        values: Any shape, float32.
-        count: Numbers of each sum. Three hold every bit of a float32.
-
-    Returns:
-        As many tensors of the same shape.
-    """
-    parts = []
-    for _ in range(count):
-        parts.append(values.bfloat16())
-        values = values - parts[-1].float()
-    return parts
-
-
-def pack_tiles(weight: Tensor) -> Tensor:
-    """Pack a weight as the tiles of AMX take it.
-
-    Args:
-        weight: (N, K) of 2 or 1 bytes a number.
-
-    Returns:
-        (N / 32, K / n, 2, 16, 16, m): for each block of columns and each row of a tile, of n
-        numbers, two tiles of 16 rows of 16 columns, of which each has m numbers of 4 bytes in all.
-        N and K are whole blocks, with zeros after their ends.
-    """
-    numbers = TILE_BYTES // weight.element_size()
-    outputs, inputs = weight.shape
-    padded = F.pad(weight, (0, -inputs % numbers, 0, -outputs % BLOCK))
-    steps = padded.shape[1] // numbers
-    tiles = padded.view(-1, 2, TILE_ROWS, steps, TILE_ROWS, numbers // TILE_ROWS)
-    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
-
-
-def pad_outputs(values: Tensor | None, outputs: int) -> Tensor:
-    """Return numbers of each output in whole blocks.
-
-    Args:
-        values: (N,), or None for zeros.
-        outputs: N.
-
-    Returns:
-        (N,) float32 with zeros after its end, up to whole blocks.
-    """
-    if values is None:
-        values = torch.zeros(outputs, dtype=torch.float32, device="cpu")
-    return F.pad(values.float(), (0, -outputs % BLOCK))
-
-
 def fake_linear(
     x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, outputs: int, then: str,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
@@ -326,7 +272,7 @@ def fake_linear(
         outputs: N.
         then: What follows the product.
     """
-    dtype = torch.float32 if then == "add" else torch.bfloat16
+    dtype = torch.float32 if then == "add" else x.dtype
     return x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
 
 
@@ -369,23 +315,7 @@ def fake_patches(
     return images.new_empty((b, (height // down) * (width // across), outputs))
 
 
-def fake_split_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, outputs: int, then: str,  # noqa: ARG001
-) -> Tensor:  # fmt: skip
-    """Return an empty tensor of the result's shape, (..., N).
-
-    Args:
-        x: (..., K).
-        weight: The packed weight.
-        bias: In whole blocks.
-        other: (..., N), or None.
-        outputs: N.
-        then: What follows the product.
-    """
-    return x.new_empty((*x.shape[:-1], outputs))
-
-
-SPLIT_FAKES = (("linear_split_amx", fake_split_linear),)
+SPLIT_FAKES = (("linear_split_amx", fake_linear),)
 FAKES = (
     ("linear_amx", fake_linear),
     ("linear_int8_amx", fake_int8_linear),
