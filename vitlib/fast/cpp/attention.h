@@ -1,4 +1,5 @@
-// What the attention kernels of compiled programs share: they differ in their dtype and instructions.
+// What the attention kernels of compiled programs share: they differ in their dtype and
+// instructions.
 //
 // How data flows: a thread takes a block of queries of one head. Keys and values of that head are
 // first packed as the kernel reads them, once for all of its queries. The scores of a block with

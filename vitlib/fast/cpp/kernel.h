@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;    // float32 numbers of a register
+constexpr int64_t kLanes = 16;  // float32 numbers of a register
 
 int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 

@@ -219,7 +219,7 @@ class Prefetch {
 //
 // Each part multiplies its blocks, and reads its weights; where columns are divided as well, it
 // reads inputs that another thread wrote. The costs of a byte, over that of a product of two tiles,
-// were measured on a Xeon of the fourth generation.
+// were measured on an Intel Xeon with AMX.
 int64_t parts_of_rows(const Layer& layer, int64_t inputs_of_block, int64_t weights_of_block,
                       int64_t products_of_block, int64_t threads) {
   const auto part = [](int64_t all, int64_t parts) {
@@ -239,8 +239,8 @@ int64_t parts_of_rows(const Layer& layer, int64_t inputs_of_block, int64_t weigh
   return best;
 }
 
-// Run kernels on parts of the blocks, of which `down` are parts of the rows. make() returns the kernel
-// of a thread.
+// Run kernels on parts of the blocks, of which `down` are parts of the rows. make() returns the
+// kernel of a thread.
 template <typename Make>
 void split_blocks(const Layer& layer, int64_t down, int64_t threads, const Make& make) {
   const int64_t rows = (layer.rows + kBlock - 1) / kBlock;

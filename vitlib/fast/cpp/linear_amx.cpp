@@ -1,9 +1,9 @@
 // Linear layers of bfloat16, and of uint8 inputs and int8 weights, by the tiles of AMX.
 //
 // How data flows: the products of all inputs are added to the four tiles of a block. Then its sums
-// are written to a small memory, and while the next block is multiplied, what follows is computed of
-// them (linear.h). A thread takes some rows and some columns; weights that exceed a part of the L2
-// cache are taken in parts, each for all rows.
+// are written to a small memory, and while the next block is multiplied, what follows is computed
+// of them (linear.h). A thread takes some rows and some columns; weights that exceed a part of the
+// L2 cache are taken in parts, each for all rows.
 //
 // Weights are packed: for 32 columns and 64 bytes of inputs two tiles of 16 columns, in which each
 // row holds 2 (or 4) inputs of each column. What is missing to whole blocks is zero.
@@ -30,8 +30,8 @@ struct MatrixRows {
 };
 
 // The patches of images (B, C, H, W) in float32, each number as a sum of two in bfloat16. A row has
-// the first ones of a patch, the second ones, and the first ones again: by weights that are split as
-// well, and without the product of both second ones, the result is nearly that of float32.
+// the first ones of a patch, the second ones, and the first ones again: by weights that are split
+// as well, and without the product of both second ones, the result is nearly that of float32.
 struct PatchRows {
   using Number = bfloat16;
   static constexpr bool kInMemory = false;
@@ -163,7 +163,8 @@ class LinearKernel {
   Number *const rows_, *const ends_;
   Finish finisher_;
   Prefetch soon_;
-  // The block of rows: where it is, how far its rows lie apart, and how many of its steps are there.
+  // The block of rows: where it is, how far its rows lie apart, and how many of its steps are
+  // there.
   const Number* a_ = nullptr;
   int64_t distance_ = 0, a_steps_ = 0, copied_ = -1;
   const Tiles tiles_;

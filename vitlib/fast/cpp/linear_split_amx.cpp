@@ -1,13 +1,14 @@
 // Linear layers of float32 by the tiles of AMX: each number is a sum of three in bfloat16.
 //
 // A float32 number has 24 bits, and bfloat16 8: the first part rounds a number, the second what is
-// left, the third the rest of that. Of the nine products of two numbers the six largest are added, in
-// float32, the small ones first; those that are left out are 2^-24 of the product, as its rounding is.
+// left, the third the rest of that. Of the nine products of two numbers the six largest are added,
+// in float32, the small ones first; those that are left out are 2^-24 of the product, as its
+// rounding is.
 //
 // How data flows: a thread takes some rows and some columns. It splits as many rows, and as many of
-// their inputs, as a part of the L2 cache holds, and multiplies them by all of its columns; the sums
-// of some inputs wait in memory for those of the next. What follows is computed of a block while the
-// next one is multiplied (linear.h).
+// their inputs, as a part of the L2 cache holds, and multiplies them by all of its columns; the
+// sums of some inputs wait in memory for those of the next. What follows is computed of a block
+// while the next one is multiplied (linear.h).
 //
 // Weights are packed: for 32 columns and 32 inputs two tiles of the first parts, two of the second
 // and two of the third. What is missing to whole blocks is zero.
@@ -16,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t kParts = 3;  // of a number
+constexpr int64_t kParts = 3;   // of a number
 constexpr int64_t kSteps = 24;  // rows of tiles whose sums are not stored in between
 constexpr int64_t kBlockRow = kBlock * kStep;  // numbers of 32 rows and one row of a tile
 
@@ -73,7 +74,8 @@ class SplitKernel {
     return rows_ + block * kParts * kBlockRow * steps;
   }
 
-  // Split a block of rows: for each step 32 rows of the first parts, of the second and of the third.
+  // Split a block of rows: for each step 32 rows of the first parts, of the second and of the
+  // third.
   void split_rows(int64_t block, int64_t step, int64_t steps, bfloat16* to) const {
     for (int64_t i = 0; i < kBlock; ++i) {
       const int64_t row = block * kBlock + i;
