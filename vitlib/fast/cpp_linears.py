@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitlib.fast import onednn_ops
 from vitlib.fast.cpp_kernels import load_kernels, operation
 from vitlib.fast.cpu import this_machine
+from vitlib.fast.embeddings import PatchTokens
 from vitlib.fast.linears import LinearWeights
 from vitlib.fast.tiles import pack_tiles, pad_outputs, split_numbers
 
@@ -30,28 +31,20 @@ def has_amx_linear(dtype: torch.dtype) -> bool:
     return load_kernels("linear_amx", FAKES, run_samples)
 
 
-class AmxLinear(nn.Module):
+class TileLinear(nn.Module):
     """A linear layer on AMX's tiles, with what follows fused into it.
 
-    It has the methods of FastLinear that compute, and calls the kernel alone. In float32 each
-    number is a sum of three in bfloat16, and six products of those are added: the result is as near
-    to float64 as that of a float32 product.
+    It has the methods of FastLinear that compute, and calls a kernel alone.
 
-    Args:
-        weights: The numbers of the layer.
-        dtype: Of inputs and outputs, bfloat16 or float32.
+    Attributes:
+        dtype: Of float outputs.
     """
 
-    def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weights.weight.shape
-        self.dtype = dtype
-        parts = split_numbers(weights.dequantize(), 3 if dtype == torch.float32 else 1)
-        self.operation = "linear_split_amx" if dtype == torch.float32 else "linear_amx"
-        self.packed = torch.stack([pack_tiles(part) for part in parts], dim=2)
-        self.bias = pad_outputs(weights.bias, self.out_features)
+    dtype: torch.dtype
 
-    def run(self, x: Tensor, other: Tensor | None, then: str) -> Tensor:
+    def run(
+        self, x: Tensor, other: Tensor | None, then: str, next_linear: nn.Module | None = None
+    ) -> Tensor:
         """Apply the layer and an operation to its result.
 
         Args:
@@ -59,14 +52,12 @@ class AmxLinear(nn.Module):
             other: (..., N) for "mul" or "add", else None.
             then: "none", an activation, "mul" by a tensor of the layer's dtype, or "add" a float32
                 one.
+            next_linear: The layer that reads the result, if only one does.
 
         Returns:
-            (..., N) in the layer's dtype; float32 from "add".
+            (..., N) in the layer's dtype, or as `next_linear` takes it; float32 from "add".
         """
-        y: Tensor = operation(self.operation)(
-            x.to(self.dtype), self.packed, self.bias, other, self.out_features, then
-        )
-        return y
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer, (..., K) to (..., N).
@@ -76,15 +67,15 @@ class AmxLinear(nn.Module):
         """
         return self.run(x, None, "none")
 
-    def activate(self, x: Tensor, activation: str, next_linear: nn.Module | None) -> Tensor:  # noqa: ARG002
+    def activate(self, x: Tensor, activation: str, next_linear: nn.Module | None) -> Tensor:
         """Apply the layer and an activation, (..., K) to (..., N).
 
         Args:
             x: (..., K).
             activation: "gelu", "gelu_tanh" or "silu".
-            next_linear: Not used.
+            next_linear: The layer that reads the result, if only one does.
         """
-        return self.run(x, None, activation)
+        return self.run(x, None, activation, next_linear)
 
     def multiply(self, x: Tensor, other: Tensor) -> Tensor:
         """Apply the layer and multiply by another tensor, (..., K) to (..., N).
@@ -114,14 +105,55 @@ class AmxLinear(nn.Module):
         return self.add(x, residual)
 
 
-class AmxInt8Linear(nn.Module):
-    """A calibrated 8-bit linear layer on AMX's tiles, with what follows fused into it.
+class AmxLinear(TileLinear):
+    """A layer of bfloat16 or float32 numbers.
 
-    It has the methods of Int8Linear that compute, and calls the kernel alone.
+    In float32 each number is a sum of three in bfloat16, and six products of those are added: the
+    result is as near to float64 as that of a float32 product.
+
+    Args:
+        weights: The numbers of the layer.
+        dtype: Of inputs and outputs, bfloat16 or float32.
+    """
+
+    def __init__(self, weights: LinearWeights, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weights.weight.shape
+        self.dtype = dtype
+        parts = split_numbers(weights.dequantize(), 3 if dtype == torch.float32 else 1)
+        self.operation = "linear_split_amx" if dtype == torch.float32 else "linear_amx"
+        self.packed = torch.stack([pack_tiles(part) for part in parts], dim=2)
+        self.bias = pad_outputs(weights.bias, self.out_features)
+
+    def run(
+        self,
+        x: Tensor,
+        other: Tensor | None,
+        then: str,
+        next_linear: nn.Module | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Apply the layer and an operation to its result, as TileLinear.run says.
+
+        Args:
+            x: (..., K).
+            other: (..., N), or None.
+            then: The operation.
+            next_linear: Not used.
+        """
+        y: Tensor = operation(self.operation)(
+            x.to(self.dtype), self.packed, self.bias, other, self.out_features, then
+        )
+        return y
+
+
+class AmxInt8Linear(TileLinear):
+    """A calibrated layer in 8 bits, which takes inputs as Int8Linear does.
 
     Args:
         weights: The numbers of the layer in 8 bits. Its float outputs are bfloat16.
     """
+
+    dtype = torch.bfloat16
 
     def __init__(self, weights: LinearWeights) -> None:
         super().__init__()
@@ -142,57 +174,24 @@ class AmxInt8Linear(nn.Module):
     def run(
         self, x: Tensor, other: Tensor | None, then: str, next_linear: nn.Module | None = None
     ) -> Tensor:
-        """Apply the layer and an operation to its result.
+        """Apply the layer and an operation to its result, as TileLinear.run says.
 
         Args:
             x: (..., K), as Int8Linear.to_uint8 takes it.
-            other: (..., N) for "mul" or "add", else None.
-            then: "none", an activation, "mul" by a bfloat16 tensor, or "add" a float32 one.
-            next_linear: The layer that reads the result, if only one does.
-
-        Returns:
-            (..., N) bfloat16; float32 from "add"; uint8 for an AmxInt8Linear.
+            other: (..., N), or None.
+            then: The operation.
+            next_linear: Its input is quantized here, if it is an AmxInt8Linear.
         """
         factor, zero_point = None, 0.0
         if isinstance(next_linear, AmxInt8Linear):
             factor, zero_point = 1 / next_linear.x_scale, float(next_linear.x_zero_point)
         if x.dtype != torch.uint8:
-            x = round_down(x)
+            x = onednn_ops.to_uint8(x.clamp(0, 255))
         y: Tensor = operation("linear_int8_amx")(
             x, self.packed, self.scale, self.bias, other, self.out_features, then, factor,
             zero_point,
         )  # fmt: skip
         return y
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer, (..., K) to (..., N) bfloat16.
-
-        Args:
-            x: (..., K), as Int8Linear.to_uint8 takes it.
-        """
-        return self.run(x, None, "none")
-
-    def activate(self, x: Tensor, activation: str, next_linear: nn.Module | None) -> Tensor:
-        """Apply the layer and an activation.
-
-        Args:
-            x: (..., K), as Int8Linear.to_uint8 takes it.
-            activation: "gelu", "gelu_tanh" or "silu".
-            next_linear: The layer that reads the result, if only one does.
-
-        Returns:
-            (..., N) bfloat16; uint8, quantized for `next_linear`, where that is an AmxInt8Linear.
-        """
-        return self.run(x, None, activation, next_linear)
-
-    def multiply(self, x: Tensor, other: Tensor) -> Tensor:
-        """Apply the layer and multiply by another tensor, (..., K) to (..., N) bfloat16.
-
-        Args:
-            x: (..., K), as Int8Linear.to_uint8 takes it.
-            other: (..., N).
-        """
-        return self.run(x, other.bfloat16(), "mul")
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Apply the layer and add the residual stream, (..., K) to (..., N) float32.
@@ -205,17 +204,8 @@ class AmxInt8Linear(nn.Module):
             x = x.float() * (1 / self.x_scale) + (self.x_zero_point + 0.5)
         return self.run(x, residual, "add")
 
-    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Apply the layer and add the residual stream, as `add` does.
 
-        Args:
-            x: (..., K) uint8, or an input in its own units.
-            residual: (..., N) float32.
-        """
-        return self.add(x, residual)
-
-
-class AmxPatches(nn.Module):
+class AmxPatches(PatchTokens):
     """A patch projection of float32 pixels on AMX's tiles.
 
     Pixels and weights are sums of two bfloat16 numbers each, of which three of the four products
@@ -227,36 +217,21 @@ class AmxPatches(nn.Module):
     """
 
     def __init__(self, linear: LinearWeights, kernel: torch.Size) -> None:
-        super().__init__()
-        self.kernel, self.in_channels = kernel, kernel[1]
-        self.weight = torch.empty(0, dtype=torch.float32)  # PatchEmbed casts pixels to its dtype
+        super().__init__(kernel)
         first, second = split_numbers(linear.dequantize(), 2)
         self.packed = pack_tiles(torch.cat([first, first, second], dim=1))
         self.bias = pad_outputs(linear.bias, kernel[0])
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Project images as the convolution does.
+    def tokens(self, images: Tensor) -> Tensor:
+        """Project images to tokens, (B, h * w, D) float32.
 
         Args:
             images: Pixels (B, C, H, W).
-
-        Returns:
-            (B, D, h, w) float32, a view of (B, h * w, D).
         """
         outputs, _, p, q = self.kernel
         project = operation("patches_amx")
-        tokens: Tensor = project(images.float(), self.packed, self.bias, outputs, p, q)
-        grid = images.shape[2] // p, images.shape[3] // q
-        return tokens.transpose(1, 2).view(len(images), outputs, *grid)
-
-
-def round_down(x: Tensor) -> Tensor:
-    """Return the whole part of numbers as uint8.
-
-    Args:
-        x: Any shape, of floats. What is outside 0 to 255 becomes the nearer of both.
-    """
-    return onednn_ops.to_uint8(x.clamp(0, 255))
+        y: Tensor = project(images.float(), self.packed, self.bias, outputs, p, q)
+        return y
 
 
 def fake_linear(

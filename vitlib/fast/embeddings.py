@@ -84,18 +84,16 @@ class FastAttentionPosition(AttentionPosition):
         return cached[1]
 
 
-class PatchLinear(nn.Module):
-    """The patch projection as one matrix product.
+class PatchTokens(nn.Module):
+    """A patch projection that computes tokens, and takes the place of a convolution.
 
     Args:
-        linear: The linear layer over flattened patches, (C p q) to D.
         kernel: The shape of the convolution's weight, (D, C, p, q).
     """
 
-    def __init__(self, linear: FastLinear, kernel: torch.Size) -> None:
+    def __init__(self, kernel: torch.Size) -> None:
         super().__init__()
-        self.linear, self.kernel = linear, kernel
-        self.in_channels = kernel[1]
+        self.kernel, self.in_channels = kernel, kernel[1]
         self.weight = torch.empty(0, dtype=torch.float32)  # PatchEmbed casts pixels to its dtype
 
     def forward(self, images: Tensor) -> Tensor:
@@ -110,6 +108,27 @@ class PatchLinear(nn.Module):
         _, _, p, q = self.kernel
         tokens = self.tokens(images).float().transpose(1, 2)
         return tokens.view(*tokens.shape[:2], images.shape[2] // p, images.shape[3] // q)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Project images to tokens, (B, h * w, D).
+
+        Args:
+            images: Pixels (B, C, H, W).
+        """
+        raise NotImplementedError
+
+
+class PatchLinear(PatchTokens):
+    """The patch projection as one matrix product.
+
+    Args:
+        linear: The linear layer over flattened patches, (C p q) to D.
+        kernel: The shape of the convolution's weight, (D, C, p, q).
+    """
+
+    def __init__(self, linear: FastLinear, kernel: torch.Size) -> None:
+        super().__init__(kernel)
+        self.linear = linear
 
     def tokens(self, images: Tensor) -> Tensor:
         """Project images to tokens.
