@@ -22,9 +22,7 @@ def has_amx_linear(dtype: torch.dtype) -> bool:
     Args:
         dtype: Of the layers' float outputs, bfloat16 or float32.
     """
-    machine = this_machine()
-    is_x86 = machine.architecture.lower() in ("x86_64", "amd64")
-    if not is_x86 or not machine.amx:
+    if not this_machine().amx:
         return False
     if dtype == torch.float32:
         return load_kernels("linear_split_amx", SPLIT_FAKES, run_split_sample)

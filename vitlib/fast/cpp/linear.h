@@ -6,6 +6,8 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -131,7 +133,8 @@ class Finisher {
     for (int64_t i = done_; i < end; ++i) {
       const int64_t at = first + i * outputs;
       const __m512 x = finish_half(sums + i * kBlock, scale[0], bias[0], left, at);
-      const __m512 y = finish_half(sums + i * kBlock + kLanes, scale[1], bias[1], right, at + kLanes);
+      const __m512 y =
+          finish_half(sums + i * kBlock + kLanes, scale[1], bias[1], right, at + kLanes);
       write(x, y, left, right, out + at);
     }
     done_ = end;
@@ -258,6 +261,47 @@ void split_blocks(const Layer& layer, int64_t down, int64_t threads, const Make&
 void check_amx() {
   static const bool has_amx = at::cpu::init_amx();
   TORCH_CHECK(has_amx, "this process may not use AMX");
+}
+
+// Check what a linear layer is called with, and return the sizes of its result, (..., N).
+//
+// x (..., K) of a dtype; weights of `parts` numbers for each input, in rows of tiles of `numbers`;
+// a bias of N in whole blocks; another tensor (..., N) to multiply by or to add, or none.
+std::vector<int64_t> check_layer(const at::Tensor& x, at::ScalarType dtype,
+                                 const at::Tensor& weight, int64_t parts, int64_t numbers,
+                                 const at::Tensor& bias, const std::optional<at::Tensor>& other,
+                                 int64_t outputs, const std::string& then) {
+  check_amx();
+  TORCH_CHECK(x.scalar_type() == dtype && x.dim() > 0 && bias.scalar_type() == at::kFloat &&
+                  outputs > 0,
+              "a linear layer of ", dtype, " takes no ", x.scalar_type(), " and bias of ",
+              bias.scalar_type());
+  auto sizes = x.sizes().vec();
+  const int64_t inputs = sizes.back(), columns = round_up(outputs, kBlock);
+  TORCH_CHECK(inputs > 0 && bias.numel() == columns &&
+                  weight.numel() == parts * columns * round_up(inputs, numbers),
+              "weights ", weight.sizes(), " and bias ", bias.sizes(), " do not fit ", x.sizes(),
+              " and ", outputs, " outputs");
+  sizes.back() = outputs;
+  const bool adds = then == "add";
+  const auto other_dtype = adds || dtype == at::kFloat ? at::kFloat : at::kBFloat16;
+  TORCH_CHECK((adds || then == "mul") == other.has_value() &&
+                  (!other || (other->sizes() == at::IntArrayRef(sizes) &&
+                              other->scalar_type() == other_dtype)),
+              "the other tensor does not fit ", then);
+  return sizes;
+}
+
+// Call f with what follows a product, as a constant.
+template <typename F>
+void dispatch(const std::string& then, const F& f) {
+  if (then == "none") return f(std::integral_constant<Then, Then::kNothing>());
+  if (then == "gelu") return f(std::integral_constant<Then, Then::kGelu>());
+  if (then == "gelu_tanh") return f(std::integral_constant<Then, Then::kGeluTanh>());
+  if (then == "silu") return f(std::integral_constant<Then, Then::kSilu>());
+  if (then == "mul") return f(std::integral_constant<Then, Then::kMultiply>());
+  if (then == "add") return f(std::integral_constant<Then, Then::kAdd>());
+  TORCH_CHECK(false, "a linear layer is not followed by ", then);
 }
 
 }  // namespace

@@ -182,58 +182,36 @@ void run(const Layer& layer, const Rows& input) {
   split_blocks(layer, down, threads, [&] { return LinearKernel<Rows, Out, kThen>(layer, input); });
 }
 
-template <typename Out, typename Rows>
-void run(const Layer& layer, const Rows& input, const std::string& then) {
-  if (then == "none") return run<Out, Then::kNothing>(layer, input);
-  if (then == "gelu") return run<Out, Then::kGelu>(layer, input);
-  if (then == "gelu_tanh") return run<Out, Then::kGeluTanh>(layer, input);
-  if (then == "silu") return run<Out, Then::kSilu>(layer, input);
-  if constexpr (sizeof(Out) == 2)
-    if (then == "mul") return run<Out, Then::kMultiply>(layer, input);
-  TORCH_CHECK(false, "a linear layer of this kind is not followed by ", then);
-}
-
-// x (..., K), packed weights, a bias of N in whole blocks; another tensor (..., N) or none.
+// As check_layer; a scale for 8-bit sums; a factor and a zero point where the result is quantized.
 template <typename Number>
 at::Tensor apply(const at::Tensor& input, const at::Tensor& weight, const float* scale,
                  const at::Tensor& bias, const std::optional<at::Tensor>& other, int64_t outputs,
                  const std::string& then, std::optional<double> out_factor,
                  double out_zero_point) {
   constexpr bool is_int8 = sizeof(Number) == 1;
-  constexpr int64_t numbers = kTileRow / sizeof(Number);
-  check_amx();
-  const at::Tensor x = input.contiguous();
-  TORCH_CHECK(x.scalar_type() == (is_int8 ? at::kByte : at::kBFloat16) && x.dim() > 0 &&
-                  bias.scalar_type() == at::kFloat && outputs > 0,
-              "a linear layer takes no ", x.scalar_type(), " and bias of ", bias.scalar_type());
-  auto sizes = x.sizes().vec();
-  const int64_t inputs = sizes.back(), columns = round_up(outputs, kBlock);
-  TORCH_CHECK(inputs > 0 && bias.numel() == columns &&
-                  weight.numel() == columns * round_up(inputs, numbers),
-              "weights ", weight.sizes(), " and bias ", bias.sizes(), " do not fit ", x.sizes(),
-              " and ", outputs, " outputs");
-  sizes.back() = outputs;
-  const bool adds = then == "add", multiplies = then == "mul";
-  const at::Tensor second = other ? other->contiguous() : at::Tensor();
-  TORCH_CHECK((adds || multiplies) == other.has_value() &&
-                  (!other || (second.sizes() == at::IntArrayRef(sizes) &&
-                              second.scalar_type() == (adds ? at::kFloat : at::kBFloat16))),
-              "the other tensor does not fit ", then);
-  const at::ScalarType dtype = adds ? at::kFloat : out_factor ? at::kByte : at::kBFloat16;
+  const auto sizes = check_layer(input, is_int8 ? at::kByte : at::kBFloat16, weight, 1,
+                                 kTileRow / sizeof(Number), bias, other, outputs, then);
+  TORCH_CHECK(!out_factor || !other, "a sum or product does not fit a quantized result");
+  const at::Tensor x = input.contiguous(), second = other ? other->contiguous() : at::Tensor();
+  const auto dtype = then == "add" ? at::kFloat : out_factor ? at::kByte : at::kBFloat16;
   const at::Tensor out = at::empty(sizes, x.options().dtype(dtype));
+  const int64_t inputs = x.size(-1);
   const MatrixRows<Number> rows{static_cast<const Number*>(x.const_data_ptr()), inputs};
   const Layer layer{static_cast<const char*>(weight.const_data_ptr()), scale,
                     bias.const_data_ptr<float>(), other ? second.const_data_ptr() : nullptr,
                     out.mutable_data_ptr(), x.numel() / inputs, outputs,
                     static_cast<float>(out_factor.value_or(0)),
                     static_cast<float>(out_zero_point)};
-  if (adds) {
-    run<float, Then::kAdd>(layer, rows);
-  } else if (!out_factor) {
-    run<bfloat16>(layer, rows, then);
-  } else if constexpr (is_int8) {
-    run<uint8_t>(layer, rows, then);
-  }
+  dispatch(then, [&](auto constant) {
+    constexpr Then kThen = decltype(constant)::value;
+    if constexpr (kThen == Then::kAdd) {
+      run<float, kThen>(layer, rows);
+    } else if constexpr (is_int8 && kThen != Then::kMultiply) {
+      out_factor ? run<uint8_t, kThen>(layer, rows) : run<bfloat16, kThen>(layer, rows);
+    } else {
+      run<bfloat16, kThen>(layer, rows);
+    }
+  });
   return out;
 }
 

@@ -183,47 +183,20 @@ void run(const Layer& layer, const float* x, int64_t inputs) {
   split_blocks(layer, down, threads, [&] { return SplitKernel<kThen>(layer, x, inputs); });
 }
 
-// x (..., K) float32, packed weights, a bias of N in whole blocks; another tensor (..., N) or none.
 at::Tensor linear_split_amx(const at::Tensor& input, const at::Tensor& weight,
                             const at::Tensor& bias, const std::optional<at::Tensor>& other,
                             int64_t outputs, const std::string& then) {
-  check_amx();
-  const at::Tensor x = input.contiguous();
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() > 0 && bias.scalar_type() == at::kFloat &&
-                  outputs > 0,
-              "a linear layer of float32 takes no ", x.scalar_type(), " and bias of ",
-              bias.scalar_type());
-  auto sizes = x.sizes().vec();
-  const int64_t inputs = sizes.back(), columns = round_up(outputs, kBlock);
-  TORCH_CHECK(inputs > 0 && bias.numel() == columns &&
-                  weight.numel() == kParts * columns * round_up(inputs, kStep),
-              "weights ", weight.sizes(), " and bias ", bias.sizes(), " do not fit ", x.sizes(),
-              " and ", outputs, " outputs");
-  sizes.back() = outputs;
-  const at::Tensor second = other ? other->contiguous() : at::Tensor();
-  TORCH_CHECK((then == "add" || then == "mul") == other.has_value() &&
-                  (!other || (second.sizes() == at::IntArrayRef(sizes) &&
-                              second.scalar_type() == at::kFloat)),
-              "the other tensor does not fit ", then);
+  const auto sizes =
+      check_layer(input, at::kFloat, weight, kParts, kStep, bias, other, outputs, then);
+  const at::Tensor x = input.contiguous(), second = other ? other->contiguous() : at::Tensor();
   const at::Tensor out = at::empty(sizes, x.options());
+  const int64_t inputs = x.size(-1);
   const Layer layer{static_cast<const char*>(weight.const_data_ptr()), nullptr,
                     bias.const_data_ptr<float>(), other ? second.const_data_ptr() : nullptr,
                     out.mutable_data_ptr(), x.numel() / inputs, outputs, 0, 0};
-  const float* const from = x.const_data_ptr<float>();
-  if (then == "none") {
-    run<Then::kNothing>(layer, from, inputs);
-  } else if (then == "gelu") {
-    run<Then::kGelu>(layer, from, inputs);
-  } else if (then == "gelu_tanh") {
-    run<Then::kGeluTanh>(layer, from, inputs);
-  } else if (then == "silu") {
-    run<Then::kSilu>(layer, from, inputs);
-  } else if (then == "mul") {
-    run<Then::kMultiply>(layer, from, inputs);
-  } else {
-    TORCH_CHECK(then == "add", "a linear layer is not followed by ", then);
-    run<Then::kAdd>(layer, from, inputs);
-  }
+  dispatch(then, [&](auto constant) {
+    run<decltype(constant)::value>(layer, x.const_data_ptr<float>(), inputs);
+  });
   return out;
 }
 
