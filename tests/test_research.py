@@ -309,9 +309,10 @@ def test_quantize_dynamic_needs_plain_linears(monkeypatch: pytest.MonkeyPatch) -
     kinds = {type(m) for m in names["quantized"].modules()}
     assert torch.ao.nn.quantized.dynamic.Linear in kinds
     assert torch.nn.Linear not in kinds
-    assert 0 < distance(names["quantized"](names["pixels"]), names["logits"]) < 0.05
+    assert 1e-4 < distance(names["quantized"](names["pixels"]), names["logits"]) < 0.05
     silent = names["quantize_dynamic"](names["model"], {torch.nn.Linear})
-    assert torch.equal(silent(names["pixels"]), names["logits"])
+    # Some CPUs sum in another order where copied weights begin at other addresses.
+    assert distance(silent(names["pixels"]), names["logits"]) < 1e-6
 
 
 def test_export_takes_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,11 @@ def test_own_layout_has_every_tensor(changes: dict[str, Any], tmp_path: Path) ->
     vitlib.save(model, tmp_path / "model", layout="vitlib")
     again = vitlib.load(tmp_path / "model")
     images = torch.randn(1, 3, 16, 16)
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    # Not to the bit: mapped weights begin at other addresses, and some CPUs then sum otherwise.
     with torch.inference_mode():
-        assert torch.equal(again(images), model(images))
+        assert references.distance(again(images), model(images)) <= 1e-6
     assert again.config == model.config
 
 

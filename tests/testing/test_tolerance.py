@@ -175,8 +175,8 @@ def test_gelu_after_small_weights_is_seen_in_float64(images: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_bits_on_a_gpu(dtype: torch.dtype, images: Tensor) -> None:
     model = tiny("vit", depth=2, num_heads=4)
-    own = build_own(model)
-    assert_same(cast(own, dtype).to("cuda"), model, images)
-    own.stages[1].between.eps = 1e-2
+    built = build_timm(model)
+    assert_same(cast(built, dtype).to("cuda"), model, images)
+    built.blocks[1].norm1.eps = 3e-4  # within the bounds of 16 bits
     with pytest.raises(ParityError, match="in float32 with weights of"):
-        assert_same(cast(own, dtype).to("cuda"), cast(model, dtype), images)
+        assert_same(cast(built, dtype).to("cuda"), model, images)
