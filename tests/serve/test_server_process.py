@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -119,6 +120,41 @@ def test_workers_refuse_connections_after_sigterm() -> None:
 
 
 # --- errors at the start --------------------------------------------------------------------------
+
+
+LOADS_FOREVER = """
+import signal, sys
+import torch
+from vitlib.__main__ import main
+from vitlib.cli import serve
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def load(*_):
+    x = torch.randn(800, 800)
+    print("loading", flush=True)
+    while True:
+        x = (x @ x).clamp(-1, 1)
+
+serve._load = load
+sys.argv[1:] = ["serve", "--model", "demo", "--port", "0"]
+main()
+"""
+
+
+def test_interrupt_during_load_gives_one_line() -> None:
+    """The thread that loads the model is in torch, which aborts if Python ends around it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADS_FOREVER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors.strip()) == (130, "vitlib: error: interrupted")
 
 
 def run_serve(*options: Any) -> tuple[int, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -20,7 +22,7 @@ from vitlib.cli.options import (
     subject_option,
 )
 from vitlib.cli.predictors import mute_libraries, open_predictor, print_calibration
-from vitlib.cli.printing import echo
+from vitlib.cli.printing import echo, fail
 from vitlib.cli.verb import Verb, positional_arguments
 from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings
@@ -150,7 +152,35 @@ def serve(
         allow_origins=allow_origins,
         access_log=access_log,
     )
-    devices = (options.device or "").split(",") if options.device else [None]
+    devices = _choose_devices(options, workers)
+    mute_libraries()
+    # Clients must not learn the path of a local model.
+    local = Path(options.model).exists()
+    name = Path(options.model).resolve().name if local else options.model
+    with run.bind(host, port) as sock:
+        try:
+            run.serve(
+                lambda: run.build(partial(_load, options, workers), devices, settings, name),
+                sock,
+                settings,
+                workers=workers,
+                check=lambda: run.check_model(lambda: _load(options, 1, "cpu")),
+                on_start=lambda: _print_address(sock.getsockname(), name),
+            )
+        except KeyboardInterrupt:  # before the server listens
+            fail("interrupted")
+            # The thread that loads a model cannot be stopped. Python would unwind its stack as the
+            # process ends, at which torch aborts: a message of C++, and status 134.
+            os._exit(128 + signal.SIGINT)
+
+
+def _choose_devices(options: ModelOptions, workers: int) -> list[str | None]:
+    """Return the devices of the models; raise ConfigError for several workers on a GPU."""
+    from vitlib.serve import run
+
+    devices: list[str | None] = [None]
+    if options.device:
+        devices = [*options.device.split(",")]
     if workers > 1 and (len(devices) > 1 or (devices[0] or "cpu") != "cpu"):
         raise ConfigError(
             "several workers are for a CPU: with GPUs name them, --device cuda:0,cuda:1"
@@ -160,19 +190,7 @@ def serve(
             f"--workers {workers} would be {workers} processes on one GPU: give --device cuda:0 "
             "without --workers (several GPUs: --device cuda:0,cuda:1), or --device cpu"
         )
-    mute_libraries()
-    # Clients must not learn the path of a local model.
-    local = Path(options.model).exists()
-    name = Path(options.model).resolve().name if local else options.model
-    with run.bind(host, port) as sock:
-        run.serve(
-            lambda: run.build(partial(_load, options, workers), devices, settings, name),
-            sock,
-            settings,
-            workers=workers,
-            check=lambda: run.check_model(lambda: _load(options, 1, "cpu")),
-            on_start=lambda: _print_address(sock.getsockname(), name),
-        )
+    return devices
 
 
 def _load(options: ModelOptions, workers: int, device: str | None) -> Predictor:
