@@ -124,6 +124,9 @@ def test_images_are_stacked_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) ->
     # The caller's own pinned pixels may be written over while they are copied: they are staged.
     quick(torch.zeros(2, 3, 32, 32))
     assert uploaded == [2]
+    # A GPU without room for a batch has it for a micro-batch, which is copied when it is computed.
+    monkeypatch.setattr(cuda_runner.BatchRunner, "upload", lambda *_: _raise_out_of_memory())
+    assert engine.scores(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape[0] == 2
 
 
 def test_labels_and_embeddings_share_one_forward_on_a_gpu() -> None:
@@ -207,7 +210,7 @@ def test_batch_size_search_halves_when_memory_ends() -> None:
     quick.runner._run = run  # type: ignore[method-assign]
     assert best_batch_size(engine) == 64
     quick.runner._run = lambda *_: _raise_out_of_memory()  # type: ignore[method-assign]
-    with pytest.raises(ImageError, match="1 image of 3x32x32 do not fit in memory"):
+    with pytest.raises(ImageError, match="one image of 3x32x32 does not fit in memory"):
         best_batch_size(engine)
 
 

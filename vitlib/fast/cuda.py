@@ -225,11 +225,14 @@ class CudaViT(FastViT):
             images: (B, C, H, W) in pinned memory that is not written to any more.
 
         Returns:
-            The images on the GPU. For memory that is not pinned, `images` itself.
+            The images on the GPU; `images` itself where they are not pinned, or do not fit there.
         """
         if images.is_cuda or self.unoptimized_modules or not images.is_pinned():
             return images
-        return self.runner.upload(images)
+        try:
+            return self.runner.upload(images)
+        except torch.OutOfMemoryError:  # of one micro-batch at a time there may be room
+            return images
 
     def _run(self, trunk: ViT, method: Method, images: Tensor) -> Tensor:
         """Run a method of a trunk on images (B, C, H, W)."""

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vitlib.errors import first_line
+from vitlib.errors import count_noun, first_line
 from vitlib.fast import cuda_graphs, micro_batch
 from vitlib.fast.cuda_graphs import BatchFunction, CapturedGraph, CaptureStreams, is_capturing
 
@@ -201,7 +201,7 @@ class BatchRunner:
         try:
             graph = capture_graph(function, pixels, self)
         except torch.OutOfMemoryError:  # the batch itself did fit: it has just been computed
-            self._record_failure(f"no memory to capture {len(pixels)} images")
+            self._record_failure(f"no memory to capture {count_noun(len(pixels), 'image')}")
             return None
         except RuntimeError as error:
             self._record_failure(first_line(error))

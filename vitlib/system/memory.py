@@ -108,7 +108,12 @@ def _raise_too_large(images: Tensor, error: Exception) -> NoReturn:
     """Raise ImageError for a batch that memory cannot hold."""
     count, *shape = images.shape
     size = "x".join(map(str, shape))
+    if count == 1:
+        raise ImageError(
+            f"one image of {size} does not fit in memory: give a smaller one, or free memory that "
+            "other programs hold"
+        ) from error
     raise ImageError(
-        f"{count_noun(count, 'image')} of {size} do not fit in memory: give fewer at a time, or a "
-        "smaller batch_size= to optimize()"
+        f"{count} images of {size} do not fit in memory: give fewer at a time, or a smaller "
+        "batch_size= to optimize()"
     ) from error
