@@ -8,7 +8,7 @@ IMAGE  ?= vitlib/assets/demo/samples/*.png
 # Tests without a target of their own.
 SELECTION := not hub and not cuda and not compile and not onnx and not export and not ecosystem and not processes and not browser and not ray and not tutorials and not wheel
 
-.PHONY: demo test test-hub test-cuda test-compile test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel test-torch test-python test-lowest census bench gpu docs format clean
+.PHONY: demo test test-hub test-cuda test-simulated test-compile test-onnx test-export test-ecosystem test-processes test-browser test-ray test-tutorials test-wheel test-torch test-python test-lowest census bench gpu docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -25,6 +25,18 @@ test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, publ
 
 test-cuda: $(VENV)/.installed-dev  # needs a CUDA device
 	$(BIN)/pytest -m cuda
+
+SIMULATED := .venv-simulated
+test-simulated: $(SIMULATED)/.installed  # the tests for GPUs without one, 15 minutes: simulated_gpu/__init__.py
+	SIMULATED_GPUS=2 OMP_NUM_THREADS=1 $(SIMULATED)/bin/python -m simulated_gpu pytest -n 2 -m cuda -k 'not compiled'
+
+# PyPI's torch for Linux is built for CUDA 13; some 5 GB with its packages.
+$(SIMULATED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SIMULATED)
+	$(SIMULATED)/bin/pip install --quiet --disable-pip-version-check torch==2.14.1
+	grep -Ev '^(torch|triton)==' constraints.txt > $(SIMULATED)/constraints.txt
+	$(SIMULATED)/bin/pip install --quiet --disable-pip-version-check -c $(SIMULATED)/constraints.txt -e '.[dev]'
+	touch $@
 
 test-compile: $(VENV)/.installed-dev  # every family by torch's compiler; half an hour, and a C++ compiler
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m compile
