@@ -10,8 +10,9 @@ captures and its limits of a launch. Their kernels do nothing: compute.py comput
 again, on the CPU, in the same memory. While a graph is captured it keeps the operations instead,
 and computes them at each replay.
 
-Numbers copied to pinned memory arrive when the host has waited for them. A line with HAZARD says
-that pinned memory changed before it was copied. A trace (SIMULATED_TRACE=1) names every kernel.
+Numbers copied to pinned memory arrive when the host has waited for them. A process whose pinned
+memory changes before it is copied ends with a line that says HAZARD. A trace (SIMULATED_TRACE=1)
+names every kernel.
 
 Not simulated: time, kernels that are wrong, work of two streams at once, and what torch.compile
 generates, whose kernels do nothing while a program without compute.py runs it.

@@ -82,10 +82,10 @@ class Compute(TorchDispatchMode):
         on_gpu = [x for x in inputs if x.is_cuda]
         if any(isinstance(x, FakeTensor) or x.is_meta for x in inputs):
             return func(*args, **kwargs)
-        if on_gpu and is_data_dependent(func, args):
-            return call_on_cpu(func, args, kwargs, on_gpu[0].device)
         # Asked before the call, which may end the capture.
         captures = (bool(on_gpu) or "device" in kwargs) and torch.cuda.is_current_stream_capturing()
+        if on_gpu and not captures and is_data_dependent(func, args):
+            return call_on_cpu(func, args, kwargs, on_gpu[0].device)
         result = func(*args, **kwargs)
         outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         if any(isinstance(x, FakeTensor) for x in outputs):
@@ -166,9 +166,13 @@ def make_step(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Step:
 
 
 def copy_results(targets: list[Tensor], result: Any) -> None:
-    """Copy results to their places; a definition leaves out what nothing reads, such as seeds."""
+    """Copy results to their places.
+
+    A definition leaves out what nothing reads, such as seeds; a kernel pads the sums of attention.
+    """
     computed = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-    for target, value in zip(targets, computed, strict=False):
+    for index, (target, value) in enumerate(zip(targets, computed, strict=False)):
+        assert target.shape == value.shape or index, (target.shape, value.shape)
         if target.shape == value.shape:
             target.copy_(value)
 

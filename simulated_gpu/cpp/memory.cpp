@@ -66,6 +66,7 @@ void simulated::complete(Stream* stream, unsigned long long position) {
       memcpy(copy.target, copy.bytes.data(), copy.bytes.size());
     } else if (memcmp(copy.source, copy.bytes.data(), copy.bytes.size())) {
       fprintf(stderr, "[simulated] HAZARD: pinned memory changed before it was copied\n");
+      abort();
     }
   }
   stream->pending.swap(later);

@@ -238,7 +238,7 @@ def test_function_made_in_a_graph_of_the_callers_is_not_kept(
 ) -> None:
     """Its position tables are kernels of that graph, and hold no numbers before a replay."""
     RecordedCuda(monkeypatch)
-    runner = cuda_runner.BatchRunner(CPU, torch.float32, False)
+    runner = cuda_runner.BatchRunner(CPU, torch.float32, False, 10**6)
     runner.device = types.SimpleNamespace(type="cuda")  # type: ignore[assignment]
     made: list[int] = []
 
@@ -265,6 +265,7 @@ def test_dropped_model_is_freed_at_once(compiles: bool, monkeypatch: pytest.Monk
     """A cycle would keep its weights on the GPU until Python collects garbage."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     quick = optimize_on_cpu(small(depth=1), "bf16", compiles=compiles)
+    quick.runner.graph_tokens = 64 * 17
     quick(torch.randn(2, 3, 32, 32))
     quick(torch.randn(130, 3, 32, 32))
     kinds = {type(function).__name__ for function in quick.runner.functions_by_size.values()}

@@ -92,14 +92,29 @@ def test_many_grids_are_captured_late(
     assert len(graphs) == 3
 
 
-def test_batch_with_many_tokens_is_not_captured(
-    graphs: list[Computed], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_runner, "MAX_GRAPH_TOKENS", 4 * 17)
+def test_batch_with_many_tokens_is_not_captured(graphs: list[Computed]) -> None:
     quick = make_capturing(small())
+    quick.runner.graph_tokens = 4 * 17
     for count in (4, 4, 8, 8):
         quick(torch.randn(count, 3, 32, 32))
     assert [len(graph.pixels) for graph in graphs] == [4]
+
+
+def test_more_images_of_narrow_models_are_captured() -> None:
+    """In ViT-Ti at 224 even 128 images compute for less time than Python launches their kernels."""
+    captured = {}
+    for width in (192, 384, 768, 1024):
+        tokens = micro_batch.max_graph_tokens(width)
+        sizes = (*micro_batch.GRAPH_SIZES, micro_batch.TILE)
+        captured[width] = max(size for size in sizes if size * 197 <= tokens)
+    assert captured == {192: 128, 384: 128, 768: 64, 1024: 64}
+
+
+def test_a_large_size_that_is_few_tokens_is_captured(graphs: list[Computed]) -> None:
+    quick = make_capturing(small(depth=1))
+    for _ in range(2):
+        quick(torch.randn(micro_batch.TILE, 3, 32, 32))
+    assert [len(graph.pixels) for graph in graphs] == [micro_batch.TILE]
 
 
 def test_caches_are_bounded(graphs: list[Computed], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +189,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> RecordedCuda:
 
 
 def runner() -> cuda_runner.BatchRunner:
-    return cuda_runner.BatchRunner(CPU, torch.float32, False)
+    return cuda_runner.BatchRunner(CPU, torch.float32, False, micro_batch.MAX_GRAPH_TOKENS)
 
 
 def test_capture_uses_the_stream_of_the_runner(recorder: RecordedCuda) -> None:

@@ -29,7 +29,12 @@ from vitlib.fast.cuda_graphs import BatchFunction
 from vitlib.fast.cuda_modules import CudaModuleFactory
 from vitlib.fast.cuda_runner import BatchRunner
 from vitlib.fast.fp8 import has_fp8
-from vitlib.fast.micro_batch import halve_until_fits, micro_batch_size, split_batch
+from vitlib.fast.micro_batch import (
+    halve_until_fits,
+    max_graph_tokens,
+    micro_batch_size,
+    split_batch,
+)
 from vitlib.fast.model import FastViT, Method, bind
 from vitlib.fast.module_swap import (
     copy_with_children,
@@ -71,7 +76,7 @@ def optimize_cuda(
     device = with_index(device)
     plan = cuda_plan(precision, device)
     dtype = plan.attention_dtype
-    runner = BatchRunner(device, dtype, compiles=compiles)
+    runner = BatchRunner(device, dtype, compiles, max_graph_tokens(model.config.embed_dim))
     unoptimized = tuple(unoptimized_modules(model))
     model_dtype = next(model.parameters()).dtype
     if unoptimized and next(model.parameters()).device != device:

@@ -206,11 +206,14 @@ def has_kernel(device: torch.device, kernel: CudaKernel) -> bool:
 
 def _agrees(device: torch.device, kernel: CudaKernel, tokens: int) -> bool:
     """Compare an attention kernel with float64 on a fixed input."""
-    count = 3 * 2 * 4 * tokens * 64
+    count = 2 * tokens * 3 * 4 * 64
     numbers = torch.sin(torch.arange(count, dtype=torch.float64, device="cpu") * 0.7)
     # Every GPU has the efficient kernel in float32, also those without bfloat16.
     dtype = torch.float32 if kernel == "efficient" else torch.bfloat16
-    q, k, v = numbers.view(3, 2, 4, tokens, 64).to(dtype)
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
-    actual = run_kernel(kernel, q.to(device), k.to(device), v.to(device), None).cpu().double()
+    # As the product of a block leaves them: each token's queries, keys and values together.
+    qkv = numbers.view(2, tokens, 3, 4, 64).to(dtype)
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    exact = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    q, k, v = qkv.to(device).permute(2, 0, 3, 1, 4)
+    actual = run_kernel(kernel, q, k, v, None).cpu().double()
     return bool((actual - exact).abs().max() <= 2e-2 * exact.abs().max())

@@ -32,7 +32,6 @@ Entry = TypeVar("Entry")
 # Makes the function of a key; True compiles its blocks.
 FunctionFactory = Callable[[bool], BatchFunction]
 
-MAX_GRAPH_TOKENS = 64 * 256  # in a micro-batch: above, kernels run longer than their launches
 CACHE_SIZE = 64  # functions, and sizes of them, that are kept; the least recently used goes
 # A capture costs four runs, so a size is captured when it comes for the second time. With many
 # sizes and grids (photos in their own shapes) every batch would be a capture: after EARLY_GRAPHS
@@ -52,10 +51,13 @@ class BatchRunner:
         device: The device that computes.
         dtype: The dtype that pixels are cast to; uint8 pixels stay as they are.
         compiles: Compile the blocks for large micro-batches.
+        graph_tokens: The most tokens of a micro-batch that is captured.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, compiles: bool) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, compiles: bool, graph_tokens: int
+    ) -> None:
+        self.device, self.dtype, self.graph_tokens = device, dtype, graph_tokens
         self.compiles, self.captures = compiles, device.type == "cuda"
         self.lock = threading.Lock()
         self.functions: OrderedDict[Hashable, BatchFunction] = OrderedDict()
@@ -65,9 +67,9 @@ class BatchRunner:
         self.copy_stream: torch.cuda.Stream | None = None
         self.finished: torch.cuda.Event | None = None  # the last batch
 
-    def __reduce__(self) -> tuple[type[BatchRunner], tuple[torch.device, torch.dtype, bool]]:
+    def __reduce__(self) -> tuple[type[BatchRunner], tuple[torch.device, torch.dtype, bool, int]]:
         """Copy or pickle without the graphs: the copy captures its own."""
-        return BatchRunner, (self.device, self.dtype, self.compiles)
+        return BatchRunner, (self.device, self.dtype, self.compiles, self.graph_tokens)
 
     def run(
         self,
@@ -139,10 +141,10 @@ class BatchRunner:
         eager = get_or_make(self.functions, key, lambda: factory(False))
         # A weak reference: a cycle would keep the weights on the GPU until a garbage collection.
         runner: BatchRunner = weakref.proxy(self)
-        if size <= micro_batch.GRAPH_SIZES[-1] and size * tokens <= MAX_GRAPH_TOKENS:
-            return GraphedFunction(eager, pixels, runner)
         if size >= micro_batch.TILE and self.compiles:
             return CompiledFunction(factory(True), eager, pixels, runner)
+        if size <= micro_batch.TILE and size * tokens <= self.graph_tokens:
+            return GraphedFunction(eager, pixels, runner)
         return FixedSizeFunction(eager, pixels)
 
     def to_device(self, images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,13 +13,16 @@ import torch
 
 Result = TypeVar("Result")
 
-GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # images, small enough that launches dominate
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # images, few enough that launches dominate
 # Images: with 128 of them the rows of every linear layer are a multiple of the 128 rows of a tile
 # of its matrix product.
 TILE = 128
 # Tokens in a large micro-batch: 128 images of ViT-B/16 at 224, whose residual stream in bfloat16
 # (39 MB) stays in the L2 cache of an H100 or H200 (50 and 60 MB).
 MAX_TOKENS = 32 * 1024
+# Tokens of a micro-batch that is captured as a CUDA graph, of a model as wide as ViT-B: above, the
+# kernels run longer than their launches.
+MAX_GRAPH_TOKENS, GRAPH_WIDTH = 64 * 256, 768
 # The fixed cost of a micro-batch, in images of ViT-B/16 at 224: an estimate from published rates of
 # GPUs, not measured.
 LAUNCH_COST = 6
@@ -36,6 +39,18 @@ def micro_batch_size(tokens: int) -> int:
     """
     tiles = MAX_TOKENS // (tokens * TILE)
     return TILE * tiles or max(s for s in GRAPH_SIZES if s == 1 or s * tokens <= MAX_TOKENS)
+
+
+def max_graph_tokens(width: int) -> int:
+    """Return the most tokens of a micro-batch that is captured as a CUDA graph.
+
+    Args:
+        width: D, the width of the model. In narrow models a token costs less, by its square.
+
+    Returns:
+        The number of tokens.
+    """
+    return MAX_GRAPH_TOKENS * max(GRAPH_WIDTH**2 // width**2, 1)
 
 
 @lru_cache(maxsize=1024)
