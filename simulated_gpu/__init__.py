@@ -14,6 +14,6 @@ Numbers copied to pinned memory arrive when the host has waited for them. A proc
 memory changes before it is copied ends with a line that says HAZARD. A trace (SIMULATED_TRACE=1)
 names every kernel.
 
-Not simulated: time, kernels that are wrong, work of two streams at once, and what torch.compile
-generates, whose kernels do nothing while a program without compute.py runs it.
+Not simulated: time; kernels that are wrong, as a test of one compares its definition with itself;
+work of two streams at once; and what torch.compile generates, whose kernels are launched alone.
 """

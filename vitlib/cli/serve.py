@@ -178,9 +178,7 @@ def _choose_devices(options: ModelOptions, workers: int) -> list[str | None]:
     """Return the devices of the models; raise ConfigError for several workers on a GPU."""
     from vitlib.serve import run
 
-    devices: list[str | None] = [None]
-    if options.device:
-        devices = [*options.device.split(",")]
+    devices: list[str | None] = [*options.device.split(",")] if options.device else [None]
     if workers > 1 and (len(devices) > 1 or (devices[0] or "cpu") != "cpu"):
         raise ConfigError(
             "several workers are for a CPU: with GPUs name them, --device cuda:0,cuda:1"
